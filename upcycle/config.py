@@ -1,0 +1,245 @@
+"""Every setting of a run, as frozen dataclasses. Nothing here imports torch, so `plan` and `status` start fast.
+
+A config is checked once, at the border (`launch/pipeline.py`); past it, nobody sees plain dictionaries of options.
+Numbers are in the units their names say: `_tokens`, `_bytes`, `_fraction`, `_steps`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+
+STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DomainConfig:
+    """Where a domain's documents come from, and how much of them is held out.
+
+    `source` says how `path` is read: `corpus` (a name in `upcycle.corpora.CORPORA`), `json` | `parquet` | `text`
+    (a file, a glob or a folder), `hub` (a Hugging Face dataset name or a local folder laid out like one).
+    A domain with `trained: false` is only evaluated.
+    """
+
+    source: Literal["corpus", "json", "parquet", "text", "hub"]
+    path: str
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    text_column: str = "text"
+    streaming: bool = False
+    num_proc: int | None = None
+    max_bytes: int | None = None
+    trained: bool = True
+    test_fraction: float = Field(default=0.05, ge=0, lt=1)
+    valid_fraction: float = Field(default=0.02, ge=0, lt=1)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TokenizerConfig:
+    """A byte-level BPE trained on `proportions` of the domains' training text (from-scratch seeds only)."""
+
+    vocab_size: int
+    proportions: dict[str, float]
+    sample_bytes: int = 8_000_000
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ScheduleConfig:
+    """Learning rate over a phase: linear warm-up, then `kind` down to `final_fraction` of the peak."""
+
+    kind: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    warmup_steps: int = Field(default=100, ge=0)
+    final_fraction: float = Field(default=0.1, ge=0, le=1)
+    decay_fraction: float = Field(default=0.2, gt=0, le=1)  # wsd: the last share of the steps, in which the rate falls
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class GroupConfig:
+    """How one parameter group differs: its rate is `lr_multiplier` times the phase's."""
+
+    lr_multiplier: float = 1.0
+    weight_decay: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class OptimizerConfig:
+    """AdamW. Groups are `router`, `experts`, `attention`, `rest`; 1-D tensors never decay."""
+
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+    groups: dict[Literal["router", "experts", "attention", "rest"], GroupConfig] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PhaseConfig:
+    """A stretch of training: its length, what trains in it, and its peak learning rate.
+
+    Exactly one of `steps` and `tokens`, or neither for "the rest" (last phase only). `trainable` and `frozen` are
+    group names or regular expressions over parameter names; `frozen` is applied after `trainable`.
+    """
+
+    steps: int | None = None
+    tokens: int | None = None
+    lr: float | None = None
+    trainable: tuple[str, ...] = (".*",)
+    frozen: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrainConfig:
+    """One training run: how many tokens, of what, in which steps, at which rate."""
+
+    tokens: int = Field(gt=0)
+    proportions: dict[str, float]
+    sequence_length: int = Field(gt=1)
+    batch_sequences: int = Field(gt=0)
+    micro_batch_sequences: int = Field(gt=0)
+    lr: float = Field(gt=0)
+    schedule: ScheduleConfig = ScheduleConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    phases: tuple[PhaseConfig, ...] = (PhaseConfig(),)
+    precision: Literal["fp32", "bf16"] = "bf16"
+    gradient_checkpointing: bool = False
+    max_epochs: float = 4.0
+    rng_seed: int = 1
+
+    @property
+    def batch_tokens(self) -> int:
+        return self.batch_sequences * self.sequence_length
+
+    @property
+    def steps(self) -> int:
+        return -(-self.tokens // self.batch_tokens)
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.batch_sequences % self.micro_batch_sequences:
+            raise ValueError(
+                f"batch_sequences={self.batch_sequences} is not a multiple of "
+                f"micro_batch_sequences={self.micro_batch_sequences}; make it one"
+            )
+        if not self.proportions or min(self.proportions.values()) < 0 or sum(self.proportions.values()) <= 0:
+            raise ValueError(f"proportions={self.proportions} must name domains with shares >= 0 that sum above 0")
+        for phase in self.phases[:-1]:
+            if (phase.steps is None) == (phase.tokens is None):
+                raise ValueError("every phase but the last needs exactly one of steps and tokens")
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SeedConfig:
+    """The dense model everything starts from: a checkpoint (`path`), or an architecture trained from scratch."""
+
+    path: str | None = None
+    architecture: str | None = None
+    sizes: dict[str, int | float | bool | str] = Field(default_factory=dict)
+    tokenizer: TokenizerConfig | None = None
+    train: TrainConfig | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self):
+        if (self.path is None) == (self.architecture is None):
+            raise ValueError("give exactly one of path (a checkpoint) and architecture (train one from scratch)")
+        if self.architecture is not None and (self.train is None or self.tokenizer is None):
+            raise ValueError("a seed trained from scratch needs train and tokenizer")
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class BranchConfig:
+    """One domain model: trained from the seed (`train`), or brought along (`path`)."""
+
+    path: str | None = None
+    train: TrainConfig | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self):
+        if (self.path is None) == (self.train is None):
+            raise ValueError("give exactly one of path (a checkpoint) and train")
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RouterConfig:
+    """The feed-forward router of a mixture (METHODS: BTX and BAM; arXiv:2403.07816, arXiv:2408.08274)."""
+
+    kind: Literal["top_k", "soft"] = "top_k"
+    top_k: int = Field(default=2, ge=1)
+    gate_order: Literal["topk_softmax", "softmax_topk"] = "topk_softmax"
+    gate_scale: Literal["none", "sum_to_one", "straight_through", "compensate"] = "none"
+    router_gradient: Literal["required", "none"] = "required"
+    balance: Literal["btx", "switch", "none"] = "btx"
+    balance_coefficient: float = Field(default=0.01, ge=0)
+    balance_scope: Literal["sequence", "micro_batch", "global"] = "sequence"
+    z_coefficient: float = Field(default=0.0, ge=0)
+    init: Literal["normal", "zeros"] = "normal"
+    init_std: float = Field(default=0.02, gt=0)
+
+    @model_validator(mode="after")
+    def _has_a_gradient(self):
+        constant = self.kind == "top_k" and self.top_k == 1 and (
+            self.gate_order == "topk_softmax" or self.gate_scale == "sum_to_one"
+        )
+        if constant and self.router_gradient == "required":
+            raise ValueError(
+                f"top_k=1 with gate_order={self.gate_order}, gate_scale={self.gate_scale} makes every gate the constant 1, "
+                "so the language-model loss cannot train the router; use gate_order=softmax_topk with "
+                "gate_scale=straight_through or none, or write router_gradient=none if that is what you want"
+            )
+        if self.gate_order == "topk_softmax" and self.gate_scale not in ("none", "sum_to_one"):
+            raise ValueError(
+                f"gate_scale={self.gate_scale} needs gate_order=softmax_topk: gates of topk_softmax already sum to 1"
+            )
+        return self
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class AssembleConfig:
+    """How branches become one mixture. `attention: merged` is BTX, `attention: mixture` is BAM."""
+
+    router: RouterConfig = RouterConfig()
+    attention: Literal["merged", "mixture"] = "merged"
+    kv: Literal["expert", "shared"] = "expert"
+    merge: Literal["average"] = "average"
+    include_seed: bool = True
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    max_shard_bytes: int = 4_000_000_000
+    prove: bool = True
+    rng_seed: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class MixtureConfig:
+    """A mixture of the experiment: how it is assembled and how it is then trained."""
+
+    kind: str
+    assemble: AssembleConfig
+    train: TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class EvalConfig:
+    """What is measured on every model. `max_tokens` bounds each domain's split (whole documents, from its start)."""
+
+    split: Literal["valid", "test"] = "test"
+    sequence_length: int = Field(default=512, gt=1)
+    batch_sequences: int = Field(default=8, gt=0)
+    max_tokens: int | None = None
+    bootstrap_samples: int = 1000
+    precision: Literal["fp32", "bf16"] = "fp32"
+    rng_seed: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DataConfig:
+    """What holds for every domain: how alike two documents are before they must share a split, and EOS handling."""
+
+    near_duplicate_similarity: float = Field(default=0.7, gt=0, le=1)
+    overlap_ngram: int = 13
+    rng_seed: int = 1
