@@ -1,0 +1,403 @@
+"""UpcycledForCausalLM: the seed's own Hugging Face decoder with its MLPs, and for BAM its attentions, replaced.
+
+Norms, residual structure, embeddings, rotary embedding, caches, masks, gradient checkpointing and attention kernels stay
+the family's. Experts and model live in this one file because transformers decides from the source of the file whether
+a model may use grouped expert kernels.
+Shapes: B batch, S sequence, T tokens (B·S), D hidden, F feed-forward, E experts, K experts per token.
+This file travels inside checkpoints as remote code.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.integrations import use_experts_implementation
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+
+from .attention import GatedOutput, soft_mixture_of_attention
+from .families import family_of, finish_logits
+from .losses import IGNORED, router_losses
+from .routing import Router, RoutingTrace
+
+
+class UpcycledConfig(PretrainedConfig):
+    """A mixture: the seed's config, the experts by name and in order, and its routers.
+
+    experts: names; the position is the expert's index in every stacked tensor and router row.
+    attention: "merged" (one attention, BTX) or "mixture" (soft mixture over the same experts, BAM), with
+    kv: "expert" | "shared". router: a name in routing.ROUTERS; gate_scale, balance, balance_scope as in METHODS.
+    """
+
+    model_type = "upcycled"
+    sub_configs = {"seed": AutoConfig}
+
+    def __init__(
+        self,
+        seed: dict | PretrainedConfig | None = None,
+        experts: list[str] | tuple[str, ...] = ("seed", "branch"),
+        num_experts_per_tok: int = 2,
+        router: str = "topk_softmax",
+        gate_scale: str = "none",
+        attention: str = "merged",
+        kv: str = "expert",
+        balance: str = "none",
+        balance_coefficient: float = 0.0,
+        balance_scope: str = "sequence",
+        z_coefficient: float = 0.0,
+        initializer_range: float = 0.02,
+        **kwargs,
+    ):
+        seed = {"model_type": "llama"} if seed is None else seed
+        self.seed = AutoConfig.for_model(**seed) if isinstance(seed, dict) else seed
+        self.experts = list(experts)
+        self.num_experts_per_tok = len(self.experts) if router == "soft" else num_experts_per_tok
+        self.router, self.gate_scale, self.attention, self.kv = router, gate_scale, attention, kv
+        self.balance, self.balance_coefficient, self.balance_scope = balance, balance_coefficient, balance_scope
+        self.z_coefficient, self.initializer_range = z_coefficient, initializer_range
+        for name in ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"):
+            kwargs.setdefault(name, getattr(self.seed, name, None))
+        kwargs.setdefault(
+            "auto_map",
+            {
+                "AutoConfig": "modeling.UpcycledConfig",
+                "AutoModel": "modeling.UpcycledModel",
+                "AutoModelForCausalLM": "modeling.UpcycledForCausalLM",
+            },
+        )
+        super().__init__(**kwargs)
+        self._check()
+
+    def _check(self) -> None:
+        if len(set(self.experts)) != len(self.experts):
+            raise ValueError(f"experts={self.experts} has a name twice; experts need distinct names")
+        if not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} is not between 1 and the {self.num_experts} experts "
+                f"({', '.join(self.experts)}); lower top_k or add a branch"
+            )
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.experts)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.seed.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        return self.seed.hidden_size
+
+    def get_text_config(self, decoder=None, encoder=None):
+        """The seed's config with the head counts the cache really has. Shallow: kernel settings stay live."""
+        if self.attention == "merged":
+            return self.seed
+        wide = copy.copy(self.seed)
+        wide.num_attention_heads *= self.num_experts
+        if getattr(wide, "num_key_value_heads", None) and self.kv == "expert":
+            wide.num_key_value_heads *= self.num_experts
+        elif not getattr(wide, "num_key_value_heads", None) and self.kv == "shared":
+            wide.num_key_value_heads = self.seed.num_attention_heads
+        return wide
+
+
+class _CastExperts:
+    """Stands in for an experts module, with its parameters cast to `dtype`."""
+
+    def __init__(self, experts: nn.Module, dtype: torch.dtype):
+        self._experts, self._dtype = experts, dtype
+
+    def __getattr__(self, name: str):
+        value = getattr(self._experts, name)
+        return value.to(self._dtype) if isinstance(value, nn.Parameter) else value
+
+
+def cast_under_autocast(experts_class: type[nn.Module]) -> type[nn.Module]:
+    """Give the expert kernels weights of autocast's dtype: grouped_mm is not on autocast's list and would run in fp32."""
+    inner = experts_class.forward
+
+    def forward(self, hidden_TD: Tensor, experts_TK: Tensor, gates_TK: Tensor) -> Tensor:
+        device = hidden_TD.device.type
+        if not torch.is_autocast_enabled(device):
+            return inner(self, hidden_TD, experts_TK, gates_TK.to(hidden_TD.dtype))
+        dtype = torch.get_autocast_dtype(device)
+        return inner(_CastExperts(self, dtype), hidden_TD.to(dtype), experts_TK, gates_TK.to(dtype))
+
+    experts_class.forward = forward
+    return experts_class
+
+
+def _loop_over_experts(experts, hidden_TD: Tensor, experts_TK: Tensor, gates_TK: Tensor, ffn) -> Tensor:
+    """The plain implementation ("eager"): each expert on its own tokens."""
+    out = torch.zeros_like(hidden_TD)
+    for expert in range(experts.num_experts):
+        token, place = torch.where(experts_TK == expert)
+        y = ffn(expert, hidden_TD[token]) * gates_TK[token, place, None]
+        out.index_add_(0, token, y.to(out.dtype))
+    return out
+
+
+@cast_under_autocast
+@use_experts_implementation
+class GatedExperts(nn.Module):
+    """Stacked gated MLPs. gate_up_proj (E, 2F, D), gate rows first; down_proj (E, D, F)."""
+
+    def __init__(self, config: UpcycledConfig):
+        super().__init__()
+        seed = config.seed
+        self.num_experts, self.hidden_dim, self.intermediate_dim = config.num_experts, seed.hidden_size, seed.intermediate_size
+        self.act_fn = ACT2FN[seed.hidden_act]
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
+
+    def forward(self, hidden_TD: Tensor, experts_TK: Tensor, gates_TK: Tensor) -> Tensor:
+        def ffn(expert: int, x: Tensor) -> Tensor:
+            return nn.functional.linear(
+                self._apply_gate(nn.functional.linear(x, self.gate_up_proj[expert])), self.down_proj[expert]
+            )
+
+        return _loop_over_experts(self, hidden_TD, experts_TK, gates_TK, ffn)
+
+
+@cast_under_autocast
+@use_experts_implementation(has_gate=False, has_bias=True)
+class PlainExperts(nn.Module):
+    """Stacked plain MLPs with biases. up_proj (E, F, D), down_proj (E, D, F), biases (E, F) and (E, D)."""
+
+    def __init__(self, config: UpcycledConfig):
+        super().__init__()
+        seed = config.seed
+        self.num_experts, self.hidden_dim, self.intermediate_dim = config.num_experts, seed.hidden_size, seed.intermediate_size
+        self.act_fn = ACT2FN[seed.hidden_act]
+        self.up_proj = nn.Parameter(torch.empty(self.num_experts, self.intermediate_dim, self.hidden_dim))
+        self.up_proj_bias = nn.Parameter(torch.empty(self.num_experts, self.intermediate_dim))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
+        self.down_proj_bias = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim))
+
+    def forward(self, hidden_TD: Tensor, experts_TK: Tensor, gates_TK: Tensor) -> Tensor:
+        def ffn(expert: int, x: Tensor) -> Tensor:
+            up = self.act_fn(nn.functional.linear(x, self.up_proj[expert], self.up_proj_bias[expert]))
+            return nn.functional.linear(up, self.down_proj[expert], self.down_proj_bias[expert])
+
+        return _loop_over_experts(self, hidden_TD, experts_TK, gates_TK, ffn)
+
+
+class RoutedExperts(nn.Module):
+    """The feed-forward sublayer of a mixture: a router and the branches' MLPs."""
+
+    def __init__(self, config: UpcycledConfig, layer: int):
+        super().__init__()
+        gated = family_of(config.seed).gate is not None
+        self.router = Router(
+            config.hidden_size,
+            config.num_experts,
+            f"ffn.{layer}",
+            kind=config.router,
+            top_k=config.num_experts_per_tok,
+            gate_scale=config.gate_scale,
+        )
+        self.experts = (GatedExperts if gated else PlainExperts)(config)
+        self.trace: RoutingTrace | None = None
+
+    def forward(self, hidden_BSD: Tensor) -> Tensor:
+        hidden_TD = hidden_BSD.flatten(0, -2)
+        routing = self.router(hidden_TD, self.trace)
+        return self.experts(hidden_TD, routing.experts, routing.gates).view(hidden_BSD.shape)
+
+
+@lru_cache(maxsize=None)
+def traced(layer_class: type) -> type:
+    """The family's decoder layer, handing the trace of this forward to its own sublayers while it runs.
+
+    This happens inside the checkpointed region, so a recomputation sees the trace of its own forward.
+    """
+
+    def forward(self, *args, trace: RoutingTrace | None = None, **kwargs):
+        parts = [self.get_submodule(name) for name in self.routed_parts]
+        for part in parts:
+            part.trace = trace
+        try:
+            return layer_class.forward(self, *args, **kwargs)
+        finally:
+            for part in parts:
+                part.trace = None  # nothing of one forward stays on a module
+
+    return type(layer_class.__name__, (layer_class,), {"forward": forward, "__module__": __name__})
+
+
+@torch.no_grad()
+def _init_ours(module: nn.Module, std: float) -> bool:
+    """Initialise a module of ours; False if it is not one. transformers.initialization spares loaded tensors."""
+    if not isinstance(module, (GatedExperts, PlainExperts, GatedOutput, Router)):
+        return False
+    for name, parameter in module.named_parameters(recurse=False):
+        init.zeros_(parameter) if "bias" in name else init.normal_(parameter, std=std)
+    return True
+
+
+@lru_cache(maxsize=None)
+def initialising(decoder_class: type) -> type:
+    """The seed's decoder class that also initialises our sublayers: transformers asks the nearest PreTrainedModel."""
+
+    def _init_weights(self, module):
+        if not _init_ours(module, getattr(self.config, "initializer_range", 0.02)):
+            decoder_class._init_weights(self, module)
+
+    attributes = {"_init_weights": _init_weights, "__module__": __name__, "_keep_in_fp32_modules_strict": {"router"}}
+    return type(decoder_class.__name__, (decoder_class,), attributes)
+
+
+class UpcycledPreTrainedModel(PreTrainedModel):
+    config_class = UpcycledConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = {"router"}
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs):
+        """Non-reentrant only: the reentrant kind loses the gradients of recorded router logits without a word.
+
+        Raises ValueError: use_reentrant=True.
+        """
+        options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        if options["use_reentrant"]:
+            raise ValueError(
+                "activation_checkpointing_kwargs: got use_reentrant=True, expected False; reentrant checkpointing runs "
+                "the first forward without a graph, so the auxiliary losses would give the routers no gradient"
+            )
+        super().activation_checkpointing_enable(activation_checkpointing_kwargs=options, **kwargs)
+
+
+class UpcycledModel(UpcycledPreTrainedModel):
+    """The decoder: `decoder` is the seed's own base model with sublayers replaced."""
+
+    def __init__(self, config: UpcycledConfig):
+        super().__init__(config)
+        decoder_class = AutoModel._model_mapping[type(config.seed)]  # pyright: ignore[reportIndexIssue]
+        self.decoder = initialising(decoder_class)._from_config(config.seed)
+        family = family_of(config.seed)
+        for index, layer in enumerate(self.decoder.layers):
+            layer.__class__ = traced(type(layer))
+            layer.routed_parts = [family.mlp]
+            setattr(layer, family.mlp, RoutedExperts(config, index))
+            if config.attention == "mixture":
+                dense = getattr(layer, family.attention)
+                mixture = soft_mixture_of_attention(dense, config.seed, config.num_experts, config.kv, index)
+                setattr(layer, family.attention, mixture)
+                layer.routed_parts.append(family.attention)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.decoder.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.decoder.set_input_embeddings(value)
+
+    def forward(self, input_ids=None, attention_mask=None, trace: RoutingTrace | None = None, **kwargs):
+        trace = RoutingTrace(input_ids, attention_mask) if trace is None else trace
+        return self.decoder(input_ids=input_ids, attention_mask=attention_mask, trace=trace, **kwargs)
+
+
+@dataclass
+class UpcycledOutput(MoeCausalLMOutputWithPast):
+    """`loss` is cross-entropy alone in eval mode, plus the weighted auxiliary losses in training mode.
+
+    aux_losses: each auxiliary loss, unweighted, averaged over layers and valid tokens. router_logits and
+    attention_router_logits: (T, E) a layer.
+    """
+
+    cross_entropy: Tensor | None = None
+    aux_losses: dict[str, Tensor] | None = None
+    attention_router_logits: tuple[Tensor, ...] | None = None
+
+
+class UpcycledForCausalLM(UpcycledPreTrainedModel, GenerationMixin):
+    """A mixture of experts with a language-model head."""
+
+    def __init__(self, config: UpcycledConfig):
+        super().__init__(config)
+        self.model = UpcycledModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.seed.model_type == "phi")
+        embedding = next(n for n, m in self.model.named_modules() if m is self.model.get_input_embeddings())
+        self._tied_weights_keys = {"lm_head.weight": f"model.{embedding}.weight"}
+        self.post_init()
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings):
+        self.lm_head = new_embeddings
+
+    def auxiliary_sums(self, trace: RoutingTrace, tokens_BS: Tensor) -> dict[str, Tensor]:
+        """The auxiliary losses of the feed-forward routers as sums over valid tokens (losses.router_losses)."""
+        valid = trace.valid_tokens()
+        valid = torch.ones_like(tokens_BS, dtype=torch.bool) if valid is None else valid
+        config = self.config
+        balance = config.balance if config.balance_coefficient else "none"
+        return router_losses(trace.of("ffn"), valid, balance, config.balance_scope, z=config.z_coefficient > 0)
+
+    @property
+    def auxiliary_coefficients(self) -> dict[str, float]:
+        return {"balance": self.config.balance_coefficient, "z": self.config.z_coefficient}
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_router_logits: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        trace: RoutingTrace | None = None,
+        **kwargs,
+    ) -> UpcycledOutput:
+        """labels (B, S): as in transformers, not shifted, IGNORED (-100) where there is no target."""
+        trace = RoutingTrace(input_ids, attention_mask) if trace is None else trace
+        out = self.model(input_ids=input_ids, attention_mask=attention_mask, trace=trace, **kwargs)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = finish_logits(self.config.seed, self.lm_head(out.last_hidden_state[:, keep]))
+        loss, cross_entropy, aux = None, None, None
+        if labels is not None:
+            cross_entropy = self.loss_function(
+                logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
+            )
+            tokens_BS = out.last_hidden_state[..., 0]
+            valid = trace.valid_tokens()
+            count = tokens_BS.numel() if valid is None else valid.sum()
+            aux = {name: value / count for name, value in self.auxiliary_sums(trace, tokens_BS).items()}
+            loss = cross_entropy
+            if self.training:
+                # Under gradient accumulation this micro-batch weighs as much as its share of the step's targets.
+                targets = (labels[:, 1:] != IGNORED).sum()
+                share = 1.0 if num_items_in_batch is None else targets / num_items_in_batch
+                loss = loss + share * sum(self.auxiliary_coefficients[name] * value for name, value in aux.items())
+        return UpcycledOutput(
+            loss=loss,
+            cross_entropy=cross_entropy,
+            aux_losses=aux,
+            logits=logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+            router_logits=tuple(r.logits for r in trace.of("ffn")) if output_router_logits else None,
+            attention_router_logits=tuple(r.logits for r in trace.of("attention")) if output_router_logits else None,
+        )
+
+
+AutoConfig.register("upcycled", UpcycledConfig, exist_ok=True)
+AutoModel.register(UpcycledConfig, UpcycledModel, exist_ok=True)
+AutoModelForCausalLM.register(UpcycledConfig, UpcycledForCausalLM, exist_ok=True)
+UpcycledConfig.register_for_auto_class()
+UpcycledModel.register_for_auto_class("AutoModel")
+UpcycledForCausalLM.register_for_auto_class("AutoModelForCausalLM")
