@@ -1,0 +1,242 @@
+"""Artifacts: what a stage makes, under a key that says exactly what it was made from. No torch.
+
+A stage is `function(config, *, out, run, **inputs)`, a pure function of its config and its input directories. Its key
+hashes the function's name and version, the config, the content of outside files, and the keys of its inputs; nothing
+about who runs it, where or how often it saves. The same key is never computed twice.
+
+    artifacts/<stage>-<key8>.partial/   being made; a crash leaves this, and the next run goes on from it
+    artifacts/<stage>-<key8>/           finished: `stage.json` was written last, then the directory was renamed
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from upcycle.durable import sync, write_json
+
+RECORD, TIMING = "stage.json", "timing.json"
+LIBRARIES = ("upcycle", "torch", "transformers", "accelerate", "datasets", "numpy")
+
+
+def _ignore(*_args: object, **_kwargs: object) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a stage may use of the outside. Nothing here changes a result, so nothing here is part of a key.
+
+    say: print a line. advance: report progress, `advance(done, total, **figures)`. record: keep a row of metrics.
+    checkpoint_steps, checkpoint_seconds: save at least this often (None: never for that reason).
+    """
+
+    say: Callable[[str], None] = print
+    advance: Callable[..., None] = _ignore
+    record: Callable[[dict], None] = _ignore
+    checkpoint_steps: int | None = None
+    checkpoint_seconds: float | None = 60.0
+    keep_checkpoints: int = 1
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One stage of a run, computed or not. `inputs` are artifacts, or dicts of artifacts by name."""
+
+    name: str
+    function: Callable[..., None]
+    config: Any
+    inputs: Mapping[str, Any]
+    key: str
+    path: Path
+    outside: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def partial(self) -> Path:
+        return self.path.with_name(self.path.name + ".partial")
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / RECORD).is_file()
+
+    @property
+    def state(self) -> str:
+        """ "done", "partial at step n", "partial" or "missing"."""
+        if self.finished:
+            return "done"
+        if not self.partial.is_dir():
+            return "missing"
+        steps = [path.name.removeprefix("step-") for path in self.partial.glob("checkpoints/step-*") if path.is_dir()]
+        numbers = [int(step) for step in steps if step.isdigit()]
+        return f"partial at step {max(numbers)}" if numbers else "partial"
+
+    def parents(self) -> Iterator[Artifact]:
+        for value in self.inputs.values():
+            yield from value.values() if isinstance(value, Mapping) else [value]
+
+    def seconds(self) -> float:
+        """Wall-clock seconds the stage took, over all its attempts."""
+        return json.loads((self.path / TIMING).read_text())["seconds"]
+
+
+class Store:
+    """The artifacts under `root`, and the stages declared so far, in order.
+
+    `stage` only declares, so a recipe can be planned, run, or turned into jobs; `make` computes.
+    """
+
+    def __init__(self, root: Path | str):
+        self.root = Path(root).absolute()
+        self.stages: dict[str, Artifact] = {}
+        self.foreign: dict[str, str] = {}
+
+    def stage(
+        self,
+        name: str,
+        function: Callable[..., None],
+        config: Any,
+        content: Any = None,
+        outside: Mapping[str, Any] | None = None,
+        **inputs: Any,
+    ) -> Artifact:
+        """Declare a stage. `content` identifies outside data and enters the key; `outside` is passed on but does not.
+
+        Raises ValueError: another stage of this run has that name and is not the same.
+        """
+        key = _key(function, config, content, inputs)
+        path = self.root / f"{name.replace('/', '-')}-{key[:8]}"
+        artifact = Artifact(name, function, config, inputs, key, path, outside or {})
+        if name in self.stages and self.stages[name].key != key:
+            raise ValueError(f"stage {name!r} is declared twice with different settings; give one another name")
+        self.stages[name] = artifact
+        return artifact
+
+    def make(self, artifact: Artifact, run: Run) -> bool:
+        """Compute an artifact unless it is finished; True if this call computed it.
+
+        Raises ValueError: an input is missing.
+        """
+        if artifact.finished:
+            self._note_foreign(artifact)
+            return False
+        if missing := [parent.name for parent in artifact.parents() if not parent.finished]:
+            raise ValueError(
+                f"stage {artifact.name!r} needs {', '.join(missing)}, which "
+                f"{'is' if len(missing) == 1 else 'are'} not finished; run that first (stage={missing[0]}) or run the "
+                "whole experiment"
+            )
+        with self._lock(artifact, run):
+            if artifact.finished:  # another process made it while we waited
+                return False
+            self._compute(artifact, run)
+        return True
+
+    def _lock(self, artifact: Artifact, run: Run) -> FileLock:
+        """Two processes that want the same artifact wait instead of racing; the lock of a dead process is free."""
+        locks = self.root / ".locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(locks / f"{artifact.path.name}.lock")
+        try:
+            lock.acquire(timeout=1)
+        except Timeout:
+            run.say(f"{artifact.name}: another process is making it; waiting")
+            lock.acquire()
+        return lock
+
+    def _compute(self, artifact: Artifact, run: Run) -> None:
+        partial, start = artifact.partial, time.monotonic()
+        partial.mkdir(parents=True, exist_ok=True)
+        inputs = {
+            name: {k: v.path for k, v in value.items()} if isinstance(value, Mapping) else value.path
+            for name, value in artifact.inputs.items()
+        }
+        try:
+            artifact.function(artifact.config, out=partial, run=run, **artifact.outside, **inputs)
+        finally:  # an interrupted attempt's time counts too
+            earlier = json.loads((partial / TIMING).read_text())["seconds"] if (partial / TIMING).is_file() else 0.0
+            write_json(partial / TIMING, {"seconds": earlier + time.monotonic() - start})
+        for path in partial.rglob("*"):
+            sync(path)
+        write_json(partial / RECORD, _record(artifact))
+        os.replace(partial, artifact.path)
+        sync(self.root)
+
+    def _note_foreign(self, artifact: Artifact) -> None:
+        made_by = json.loads((artifact.path / RECORD).read_text())["made_by"]
+        if made_by != provenance():
+            now = provenance()
+            changes = [f"{name} {made_by.get(name)} (now {now[name]})" for name in now if made_by.get(name) != now[name]]
+            self.foreign[artifact.name] = ", ".join(changes)
+
+
+def versioned(number: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Mark a stage function with the version of its results; raise it whenever they change for the same config."""
+
+    def mark(function: Callable[..., None]) -> Callable[..., None]:
+        function.version = number  # pyright: ignore[reportFunctionMemberAccess]
+        return function
+
+    return mark
+
+
+def _plain(config: Any) -> Any:
+    return asdict(config) if is_dataclass(config) and not isinstance(config, type) else config
+
+
+def _key(function: Callable[..., None], config: Any, content: Any, inputs: Mapping[str, Any]) -> str:
+    keys = {
+        name: {k: v.key for k, v in value.items()} if isinstance(value, Mapping) else value.key
+        for name, value in inputs.items()
+    }
+    version = function.version  # pyright: ignore[reportFunctionMemberAccess]
+    identity = [function.__name__, version, _plain(config), content, keys]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def _record(artifact: Artifact) -> dict:
+    return {
+        "stage": artifact.name,
+        "function": artifact.function.__name__,
+        "version": artifact.function.version,  # pyright: ignore[reportFunctionMemberAccess]
+        "key": artifact.key,
+        "config": _plain(artifact.config),
+        "inputs": {parent.name: parent.key for parent in artifact.parents()},
+        "made_by": provenance(),
+    }
+
+
+@lru_cache(maxsize=1)
+def provenance() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide results, and the commit of this package's checkout."""
+    found = {"python": platform.python_version(), "commit": _commit()}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            found[library] = "not installed"
+    return found
+
+
+def _commit() -> str:
+    """The checkout's commit, with "+" when tracked files differ from it; "release" outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return "release"
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip()[:12] + ("+" if dirty.stdout.strip() else "")
