@@ -33,10 +33,22 @@ def stack_heads(experts: list[Tensor], kv_heads: int | None) -> Tensor:
     return stacked.flatten(0, 2).contiguous() if kv_heads is not None else stacked.flatten(0, 1)
 
 
+def unstack_heads(wide: Tensor, expert: int, num_experts: int, kv_heads: int | None) -> Tensor:
+    """The rows of one expert: the inverse of `stack_heads`."""
+    if kv_heads is None:
+        return wide.chunk(num_experts)[expert]
+    return wide.unflatten(0, (kv_heads, num_experts, -1))[:, expert].flatten(0, 1)
+
+
 def split_fused(fused: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """Rows (head, [q, k, v], d) of a fused projection as query rows (head, d) and key-value rows (head, [k, v], d)."""
     parts = fused.unflatten(0, (heads, 3, -1))
     return parts[:, 0].flatten(0, 1), parts[:, 1:].flatten(0, 2)
+
+
+def join_fused(query: Tensor, key_value: Tensor, heads: int) -> Tensor:
+    """The inverse of `split_fused`."""
+    return torch.cat([query.unflatten(0, (heads, 1, -1)), key_value.unflatten(0, (heads, 2, -1))], dim=1).flatten(0, 2)
 
 
 class GatedOutput(nn.Module):
