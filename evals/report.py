@@ -15,22 +15,32 @@ from typing import Any
 
 import numpy as np
 
+from evals.evidence import (
+    CURVE_POINTS,
+    Evaluation,
+    check_same_test,
+    first_names,
+    load_evaluation,
+    read_curve,
+    read_seconds,
+)
+from evals.figures import write_figures
+from evals.page import render_page
 from evals.statistics import bootstrap_domains, mean_over_domains, percentile_interval
 from evals.tables import format_table, markdown_table, update_readme
 
 __all__ = ["ModelRow", "build_report", "format_table", "markdown_table", "update_readme", "write_report"]
 
-CURVE_POINTS = 200
 NOT_COMPARED = ("seed", "branch", "dense", "oracle")  # every other kind is a mixture or a merge: the models on trial
 DEFINITIONS = {
     "perplexity": "exp(nats per token) over all of a domain's test tokens",
     "average": "mean over the group's domains of nats per token, each domain counting once; its perplexity is the exp",
     "interval": "95% percentile bootstrap over documents; every model is scored on the same resampled documents",
-    "nats_difference": "model minus against: mean over the trained domains of nats per token; below 0 the model is better",
+    "nats_difference": "model minus against: nats per token, mean over the trained domains; below 0: model is better",
     "oracle": "not a model: for each trained domain the branch of that name, the seed for every other column",
     "seconds": "wall time summed over every stage behind the model, the seed's included",
     "parallel_seconds": "the same with the stages of one group running side by side: the slowest of each group counts",
-    "curve": f"[tokens seen in the stage, training cross-entropy in nats per token], bin means of at most {CURVE_POINTS} bins",
+    "curve": f"[tokens of the stage, training cross-entropy in nats per token]: means of at most {CURVE_POINTS} bins",
 }
 
 
@@ -50,45 +60,6 @@ class ModelRow:
     train_flops: float | None
     stages: Sequence[Sequence[str]]
     learning_rate: float | None = None
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What one model scored: `evaluation.json`, and per document of each domain its nats, tokens and bytes."""
-
-    summary: dict[str, Any]
-    nats: dict[str, np.ndarray]
-    tokens: dict[str, np.ndarray]
-    bytes: dict[str, np.ndarray]
-
-
-def load_evaluation(name: str, directory: Path, domains: Sequence[str]) -> Evaluation:
-    """Read an evaluation directory; raises ValueError unless its two files agree and every nat is finite."""
-    summary = json.loads((directory / "evaluation.json").read_text())
-    missing = [domain for domain in domains if domain not in summary["domains"]]
-    if missing:
-        raise ValueError(
-            f"evaluation of {name} lacks the domains {_first(missing)}; it has {_first(list(summary['domains']))}. "
-            f"Evaluate {name} on every domain of the report, or leave the domain out ({directory})."
-        )
-    with np.load(directory / "documents.npz") as arrays:
-        nats, tokens, sizes = (
-            {domain: arrays[f"{domain}.{unit}"].astype(np.float64) for domain in domains}
-            for unit in ("nats", "tokens", "bytes")
-        )
-    for domain in domains:
-        total, expected = float(nats[domain].sum()), summary["domains"][domain]["nats"]
-        if not math.isfinite(total):
-            raise ValueError(
-                f"evaluation of {name} on {domain}: the nats sum to {total}, expected a finite number; "
-                f"the model diverged. Train it again at a lower learning rate or leave its row out ({directory})."
-            )
-        if not math.isclose(total, expected, rel_tol=1e-4):  # evaluators may sum batches in float32
-            raise ValueError(
-                f"evaluation of {name} on {domain}: documents.npz sums to {total:.6g} nats, evaluation.json says "
-                f"{expected:.6g}; the files are of different runs. Evaluate {name} again ({directory})."
-            )
-    return Evaluation(summary, nats, tokens, sizes)
 
 
 def build_report(
@@ -118,32 +89,28 @@ def build_report(
     }
     _check_inputs(rows, groups, evaluations, training, baseline)
     scores = {row.name: load_evaluation(row.name, Path(evaluations[row.name]), list(domains)) for row in rows}
-    _check_same_test(scores)
-    seconds = {stage: _read_seconds(Path(directory)) for stage, directory in training.items()}
+    check_same_test(scores)
+    seconds = {stage: read_seconds(Path(directory)) for stage, directory in training.items()}
     models = {row.name: _describe(row, seconds, scores[row.name], training) for row in rows}
     sources = oracle_sources(rows, domains)
     if sources:
         scores["oracle"] = _compose(scores, sources)
         models["oracle"] = _describe_oracle(sources)
-    draws = bootstrap_domains(
-        {domain: np.stack([score.nats[domain] for score in scores.values()]) for domain in domains},
-        next(iter(scores.values())).tokens,
-        samples,
-        rng_seed,
-    )
+    first = scores[rows[0].name]
+    nats = {domain: np.stack([score.nats[domain] for score in scores.values()]) for domain in domains}
+    draws = bootstrap_domains(nats, first.tokens, samples, rng_seed)
     for index, (name, score) in enumerate(scores.items()):
         models[name] |= _measure(score, groups, {domain: draws[domain][:, index] for domain in domains})
-    any_summary = scores[rows[0].name].summary
     return {
         "experiment": experiment,
         "machine": dict(machine),
         "seconds": sum(seconds.values()),
-        "split": any_summary["split"],
-        "sequence_length": any_summary["sequence_length"],
+        "split": first.summary["split"],
+        "sequence_length": first.summary["sequence_length"],
         "domains": list(domains),
         "domain_groups": groups,
-        "documents": {domain: len(scores[rows[0].name].tokens[domain]) for domain in domains},
-        "overlap": {domain: any_summary["domains"][domain].get("overlap") for domain in domains},
+        "documents": {domain: len(first.tokens[domain]) for domain in domains},
+        "overlap": {domain: first.summary["domains"][domain].get("overlap") for domain in domains},
         "bootstrap": {"samples": samples, "rng_seed": rng_seed, "level": 0.95},
         "baseline": baseline,
         "random_router": random_router if random_router in scores else None,
@@ -188,7 +155,7 @@ def _describe(
         "seconds": sum(seconds[stage] for group in row.stages for stage in group),
         "parallel_seconds": sum(max(seconds[stage] for stage in group) for group in row.stages),
         "routing": score.summary.get("routing"),
-        "curve": _read_curve(Path(training[row.stages[-1][0]])) if len(row.stages[-1]) == 1 else [],
+        "curve": read_curve(Path(training[row.stages[-1][0]])) if row.stages and len(row.stages[-1]) == 1 else [],
     }
 
 
@@ -199,9 +166,7 @@ def _describe_oracle(sources: Mapping[str, str]) -> dict[str, Any]:
     return {"kind": "oracle"} | dict.fromkeys(costs + times) | {"curve": [], "sources": dict(sources)}
 
 
-def _measure(
-    score: Evaluation, groups: Mapping[str, Sequence[str]], draws: Mapping[str, np.ndarray]
-) -> dict[str, Any]:
+def _measure(score: Evaluation, groups: Mapping[str, Sequence[str]], draws: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Every quality number of one model, from its document sums and its [R] bootstrap draws per domain."""
     nats = {domain: float(array.sum()) for domain, array in score.nats.items()}
     tokens = {domain: int(array.sum()) for domain, array in score.tokens.items()}
@@ -228,7 +193,7 @@ def _compare(
     """Paired differences on the trained average of every model on trial against each reference that is present."""
     column = {name: index for index, name in enumerate(models)}
     seed = next((name for name, model in models.items() if model["kind"] == "seed"), None)
-    references = [seed if name == "seed" else name for name in against]
+    references = dict.fromkeys(seed if name == "seed" else name for name in against)
     average_RM = mean_over_domains(draws, trained)
     rate = {name: model["average"]["trained"]["nats_per_token"] for name, model in models.items()}
     return [
@@ -244,3 +209,50 @@ def _compare(
         for name, model in models.items()
         if name != reference and model["kind"] not in NOT_COMPARED
     ]
+
+
+def _check_inputs(
+    rows: Sequence[ModelRow],
+    groups: Mapping[str, Sequence[str]],
+    evaluations: Mapping[str, Path],
+    training: Mapping[str, Path],
+    baseline: str | None,
+) -> None:
+    """Raise ValueError for a name used twice, a missing artifact, or a baseline that is no row."""
+    names = [row.name for row in rows]
+    repeated = sorted({name for name in names if names.count(name) > 1 or name == "oracle"})
+    if not rows or repeated:
+        raise ValueError(
+            f"rows name {first_names(names)}; expected at least one, each name once and none called oracle, which is "
+            f"computed. Rename {first_names(repeated)}."
+        )
+    if not groups["trained"]:
+        raise ValueError(
+            f"domains: none of {first_names(groups['out_of_domain'])} is trained; expected at least one, as the "
+            "comparison is on the trained average. Set `trained: true` for the domains the branches saw."
+        )
+    if unevaluated := [name for name in names if name not in evaluations]:
+        raise ValueError(
+            f"evaluations lack the models {first_names(unevaluated)}; expected a directory for each of the "
+            f"{len(names)} rows. Evaluate them or leave their rows out."
+        )
+    stages = [stage for row in rows for group in row.stages for stage in group]
+    if untimed := [stage for stage in dict.fromkeys(stages) if stage not in training]:
+        raise ValueError(
+            f"training lacks the stages {first_names(untimed)}; expected the artifact of each stage that a row names "
+            "(its timing.json gives the cost). Pass them too."
+        )
+    if baseline is not None and baseline not in names:
+        raise ValueError(
+            f"baseline={baseline!r} is not among the models {first_names(names)}; name one of them, or pass "
+            "baseline=None where the run has none."
+        )
+
+
+def write_report(report: Mapping[str, Any], out: Path) -> None:
+    """Write report.json, report.html and figures/*.svg and *.png into the directory `out`; same report, same bytes."""
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
+    (out / "report.json").write_text(text + "\n", encoding="utf-8")
+    write_figures(report, out / "figures")
+    (out / "report.html").write_text(render_page(report), encoding="utf-8")

@@ -1,7 +1,7 @@
 """The bootstrap over documents: how far a measured number would move had other documents of the same kind been tested.
 
 Pure numpy. Legend: R resamples, M models, N documents of one domain. A document is the unit that is resampled, because
-its tokens depend on each other; every model sees the same resampled documents, so differences between models are paired.
+its tokens depend on each other; all models see the same resampled documents, so differences of models are paired.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def bootstrap_nats_per_token(
 ) -> np.ndarray:
     """Nats per token of each model on each of `samples` resamples of one domain's documents: float64 [R, M].
 
-        x_rm = Σ_n c_rn · nats_mn / Σ_n c_rn · tokens_n,   c_r: how often each document was drawn in N draws with replacement
+    x_rm = Σ_n c_rn · nats_mn / Σ_n c_rn · tokens_n,   c_r: how often N draws with replacement drew each document
     """
     documents = len(tokens_N)
     rows = max(1, CHUNK_DRAWS // documents)

@@ -271,3 +271,22 @@ def _make(
 def _merged(piece: Piece, tensors: list[Tensor], choice: AssembleConfig) -> Tensor:
     merged = METHODS[choice.merge](tensors)
     return piece.cut(merged) if piece.cut else merged
+
+
+def write_merged(
+    seed_dir: Path, branch_dirs: dict[str, Path], out: Path, method: str, include_seed: bool, max_shard_bytes: int = 4_000_000_000
+) -> None:
+    """Merge dense models of one seed into one, tensor by tensor, with a method of `merge.METHODS`.
+
+    Raises ValueError: checkpoints that do not fit together (`check_alike`).
+    """
+    seed, branches = Checkpoint(seed_dir), {name: Checkpoint(path) for name, path in branch_dirs.items()}
+    check_alike(seed, branches)
+    models = ([seed] if include_seed else []) + list(branches.values())
+    writer = CheckpointWriter(out, max_shard_bytes)
+    for name in seed.names:
+        tensor = METHODS[method]([model.get(name) for model in models])
+        writer.add(name, tensor.to(seed.get(name).dtype))
+    writer.close()
+    AutoConfig.from_pretrained(seed_dir).save_pretrained(out)
+    copy_tokenizer(seed_dir, out)

@@ -135,3 +135,22 @@ def copy_tokenizer(source: Path, out: Path) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
+
+
+def fingerprint(directory: Path) -> dict[str, str]:
+    """SHA-256 of every file that makes up a model: weights, config and tokenizer."""
+    wanted = [*sorted(directory.glob("*.safetensors")), directory / INDEX, directory / "config.json"]
+    wanted += [directory / name for name in TOKENIZER_FILES]
+    return {path.name: hashlib.file_digest(path.open("rb"), "sha256").hexdigest() for path in wanted if path.is_file()}
+
+
+def import_checkpoint(source: Path, out: Path) -> None:
+    """Copy a model's weights, config and tokenizer into `out`; every tensor must be readable.
+
+    Raises ValueError: see Checkpoint.
+    """
+    checkpoint = Checkpoint(source)
+    for name in checkpoint.names:
+        checkpoint.shape(name)
+    for name in fingerprint(source):
+        shutil.copyfile(source / name, out / name)

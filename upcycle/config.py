@@ -218,9 +218,12 @@ class AssembleConfig:
 class MixtureConfig:
     """A mixture of the experiment: how it is assembled and how it is then trained."""
 
-    kind: str
     assemble: AssembleConfig
     train: TrainConfig
+
+    @property
+    def kind(self) -> str:
+        return "bam" if self.assemble.attention == "mixture" else "btx"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

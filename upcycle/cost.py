@@ -39,7 +39,10 @@ class Shape:
 
     @classmethod
     def of_config(cls, config: Mapping) -> Shape:
-        """From the fields of a Hugging Face config.json (only those that matter here; missing ones mean HF's default)."""
+        """From the fields of a config.json, dense or ours (only those that matter; missing ones mean HF's default)."""
+        if config.get("model_type") == "upcycled":
+            dense, experts = cls.of_config(config["seed"]), len(config["experts"])
+            return dense.as_mixture(experts, config["num_experts_per_tok"], config["attention"], config["kv"])
         family, hidden, heads = config.get("model_type", "llama"), config["hidden_size"], config["num_attention_heads"]
         return cls(
             vocab=config["vocab_size"],
@@ -56,16 +59,20 @@ class Shape:
             norm_parameters=hidden * (2 if family in LAYER_NORM_WITH_BIAS else 1),
         )
 
-    def mixture(self, assemble: AssembleConfig, experts: int) -> Shape:
-        """The shape of a mixture of `experts` copies of this dense model."""
-        soft = assemble.router.kind == "soft"
+    def as_mixture(self, experts: int, top_k: int, attention: str, kv: str) -> Shape:
+        """The shape of a mixture of `experts` copies of this dense model; the words are those of AssembleConfig."""
+        soft_attention = attention == "mixture"
         return replace(
             self,
             experts=experts,
-            top_k=experts if soft else min(assemble.router.top_k, experts),
-            attention_experts=experts if assemble.attention == "mixture" else 1,
-            shared_kv=assemble.attention == "mixture" and assemble.kv == "shared",
+            top_k=top_k,
+            attention_experts=experts if soft_attention else 1,
+            shared_kv=soft_attention and kv == "shared",
         )
+
+    def assembled(self, choice: AssembleConfig, experts: int) -> Shape:
+        top_k = experts if choice.router.kind == "soft" else choice.router.top_k
+        return self.as_mixture(experts, top_k, choice.attention, choice.kv)
 
     def _ffn(self) -> int:
         biases = (2 if self.gated else 1) * self.feed_forward + self.hidden

@@ -192,6 +192,9 @@ def versioned(number: int) -> Callable[[Callable[..., None]], Callable[..., None
 
 
 def _plain(config: Any) -> Any:
+    """Dataclasses as dicts, through nested dicts."""
+    if isinstance(config, Mapping):
+        return {key: _plain(value) for key, value in config.items()}
     return asdict(config) if is_dataclass(config) and not isinstance(config, type) else config
 
 

@@ -1,0 +1,107 @@
+"""What a report rests on: evaluation directories and training artifacts, read and refused where they disagree."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+CURVE_POINTS = 200
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one model scored: `evaluation.json`, and for each domain the nats, tokens and bytes of its documents."""
+
+    summary: dict[str, Any]
+    nats: dict[str, np.ndarray]
+    tokens: dict[str, np.ndarray]
+    bytes: dict[str, np.ndarray]
+
+
+def first_names(names: Sequence[str]) -> str:
+    """The first five of `names`, and how many there are beyond them."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def load_evaluation(name: str, directory: Path, domains: Sequence[str]) -> Evaluation:
+    """Read an evaluation directory; raises ValueError unless its two files agree and every sum is finite."""
+    summary = json.loads((directory / "evaluation.json").read_text(encoding="utf-8"))
+    if missing := [domain for domain in domains if domain not in summary["domains"]]:
+        raise ValueError(
+            f"the evaluation of {name} lacks the domains {first_names(missing)}; it has "
+            f"{first_names(list(summary['domains']))}. Evaluate {name} on every domain of the report ({directory})."
+        )
+    with np.load(directory / "documents.npz") as arrays:
+        nats, tokens, sizes = (
+            {domain: arrays[f"{domain}.{unit}"].astype(np.float64) for domain in domains}
+            for unit in ("nats", "tokens", "bytes")
+        )
+    for domain in domains:
+        _check_sums(f"the evaluation of {name} on {domain}", nats[domain], tokens[domain], summary["domains"][domain])
+    return Evaluation(summary, nats, tokens, sizes)
+
+
+def _check_sums(where: str, nats: np.ndarray, tokens: np.ndarray, total: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the documents add up to finite totals, and to those of evaluation.json."""
+    if not math.isfinite(nats.sum()) or tokens.sum() <= 0:
+        raise ValueError(
+            f"{where}: {nats.sum()} nats over {tokens.sum():.0f} tokens, expected finite nats and at least one token. "
+            "The model diverged or the domain is empty; train it at a lower learning rate or leave its row out."
+        )
+    # 1e-4: evaluators may add a batch's nats in float32
+    if not math.isclose(nats.sum(), total["nats"], rel_tol=1e-4) or tokens.sum() != total["tokens"]:
+        raise ValueError(
+            f"{where}: documents.npz adds up to {nats.sum():.6g} nats over {tokens.sum():.0f} tokens, evaluation.json "
+            f"says {total['nats']:.6g} over {total['tokens']}. The files are of different runs; evaluate it again."
+        )
+
+
+def check_same_test(scores: Mapping[str, Evaluation]) -> None:
+    """Raise ValueError unless all models were scored on the same documents, token by token, in the same windows."""
+    first, *others = scores
+    expected = scores[first]
+    for name in others:
+        score = scores[name]
+        for setting in ("split", "sequence_length"):
+            if score.summary[setting] != expected.summary[setting]:
+                raise ValueError(
+                    f"{name} was evaluated with {setting}={score.summary[setting]}, {first} with "
+                    f"{expected.summary[setting]}; they cannot be compared. Evaluate both with the same {setting}."
+                )
+        for domain, tokens in expected.tokens.items():
+            if not np.array_equal(tokens, score.tokens[domain]):
+                raise ValueError(
+                    f"{name} was evaluated on {len(score.tokens[domain])} documents ({score.tokens[domain].sum():.0f} "
+                    f"tokens) of {domain}, {first} on {len(tokens)} ({tokens.sum():.0f} tokens); paired comparison "
+                    "needs the same documents under the same tokenizer. Evaluate both on the same test set."
+                )
+
+
+def read_seconds(directory: Path) -> float:
+    """Wall time of a stage, from its timing.json."""
+    return float(json.loads((directory / "timing.json").read_text(encoding="utf-8"))["seconds"])
+
+
+def read_curve(directory: Path) -> list[list[float]]:
+    """[[tokens, nats per token], ...] of a stage's metrics.jsonl, averaged within at most `CURVE_POINTS` bins.
+
+    Cross-entropy where the log has it, else the loss. A step logged twice (a resumed run) counts once, as last logged.
+    """
+    path = directory / "metrics.jsonl"
+    if not path.exists():
+        return []
+    steps = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        loss = record.get("cross_entropy", record.get("loss"))
+        if "tokens" in record and loss is not None and math.isfinite(loss):
+            steps[record["step"]] = (record["tokens"], loss)
+    points = np.array([steps[step] for step in sorted(steps)], dtype=np.float64).reshape(-1, 2)
+    bins = np.array_split(points, min(CURVE_POINTS, len(points))) if len(points) else []
+    return [[float(value) for value in part.mean(axis=0)] for part in bins]

@@ -1,0 +1,157 @@
+"""The summary table in plain text and in Markdown, and how numbers are written: one place for every rounding."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+GROUP_TITLES = {"trained": "trained avg", "out_of_domain": "out of domain avg"}
+COSTS = {
+    "parameters": "params",
+    "active_parameters": "active",
+    "train_tokens": "tokens",
+    "train_flops": "FLOPs",
+    "seconds": "seconds",
+    "parallel_seconds": "seconds, branches in parallel",
+}
+ABSENT = "–"
+
+
+def write_perplexity(value: float) -> str:
+    """Four significant digits up to 1000, then whole numbers: 3.142, 31.42, 314.2, 31,416."""
+    if value >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.{3 if value < 10 else 2 if value < 100 else 1}f}"
+
+
+def write_count(value: float | None) -> str:
+    """Three significant digits with a metric suffix: 950, 12.3k, 118M, 1.20B; ABSENT for None."""
+    if value is None:
+        return ABSENT
+    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size * 0.9995:
+            return f"{value / size:#.3g}".rstrip(".") + suffix
+    return f"{value:.0f}"
+
+
+def write_cost(field: str, value: float | None) -> str:
+    """A cost as text: FLOPs as 1.23e15, seconds whole (one decimal below 100), counts with a metric suffix."""
+    if value is None:
+        return ABSENT
+    if field == "train_flops":
+        return f"{value:.2e}".replace("e+", "e")
+    if field.endswith("seconds"):
+        return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+    return write_count(value)
+
+
+def write_signed(value: float) -> str:
+    """Nats per token with its sign, four decimals, a true minus: −0.0123."""
+    return f"{value:+.4f}".replace("-", "−")
+
+
+def write_property(key: str, value: Any) -> str:
+    """A property of the machine: `cores 4`; bytes in GiB: `memory 15.6 GiB`."""
+    if key.endswith("_bytes"):
+        key, value = key.removesuffix("_bytes"), f"{value / 2**30:.1f} GiB"
+    return f"{key.replace('_', ' ')} {value}"
+
+
+def average_title(report: Mapping[str, Any], group: str) -> str:
+    """An average's exact name: `trained avg (code law math general)`."""
+    return f"{GROUP_TITLES[group]} ({' '.join(report['domain_groups'][group])})"
+
+
+def quality_columns(report: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """{column title: {model: perplexity}}: a group's average, then its domains; trained first."""
+    models = report["models"]
+    columns = {}
+    for group, members in report["domain_groups"].items():
+        if members:
+            title = average_title(report, group)
+            columns[title] = {name: model["average"][group]["perplexity"] for name, model in models.items()}
+        for domain in members:
+            columns[domain] = {name: model["perplexity"][domain] for name, model in models.items()}
+    return columns
+
+
+def best_model(report: Mapping[str, Any], column: Mapping[str, float]) -> str:
+    """The model with the lowest value of a column; the oracle is no model and cannot win."""
+    return min((name for name in column if report["models"][name]["kind"] != "oracle"), key=column.__getitem__)
+
+
+def table_cells(report: Mapping[str, Any], mark: str) -> list[list[str]]:
+    """Header and rows as text; `mark` is the format of a column's best perplexity, such as `**{}**`."""
+    columns = quality_columns(report)
+    best = {title: best_model(report, column) for title, column in columns.items()}
+    cells = [["model", *columns, *COSTS.values()]]
+    for name, model in report["models"].items():
+        quality = [write_perplexity(column[name]) for column in columns.values()]
+        marked = [
+            mark.format(cell) if best[title] == name else cell for title, cell in zip(columns, quality, strict=True)
+        ]
+        cells.append([name, *marked, *(write_cost(field, model[field]) for field in COSTS)])
+    return cells
+
+
+def caption(report: Mapping[str, Any]) -> str:
+    """What the table's numbers are, on what text, with which random numbers, and on which machine."""
+    tokens = next(iter(report["models"].values()))["tokens"]
+    tested = ", ".join(f"{domain} {write_count(count)}" for domain, count in tokens.items())
+    machine = ", ".join(write_property(key, value) for key, value in report["machine"].items())
+    return (
+        f"{report['split'].capitalize()} perplexity (lower is better) in windows of {report['sequence_length']} "
+        f"tokens; tokens scored: {tested}. An average is the exp of the mean nats per token over its domains. "
+        f"Bootstrap rng_seed {report['bootstrap']['rng_seed']}. Machine: {machine}. "
+        f"All stages together: {write_cost('seconds', report['seconds'])} s."
+    )
+
+
+def format_table(report: Mapping[str, Any]) -> str:
+    """The summary for a terminal; each column's lowest perplexity carries a `*`. Long titles stack word on word."""
+    header, *rows = table_cells(report, mark="{}*")
+    stacked = [title.split() for title in header]
+    depth = max(map(len, stacked))
+    lines = [[words[row - depth + len(words)] if row >= depth - len(words) else "" for words in stacked]
+             for row in range(depth)]  # fmt: skip
+    body = [[row[0], *(cell if cell.endswith("*") else cell + " " for cell in row[1:])] for row in rows]
+    widths = [max(len(line[column]) for line in lines + body) for column in range(len(header))]
+    text = ["  ".join(_align(line, widths)).rstrip() for line in lines]
+    text.append("─" * (sum(widths) + 2 * len(widths) - 2))
+    text += ["  ".join(_align(line, widths)).rstrip() for line in body]
+    return "\n".join([*text, "", "* lowest of its column (the oracle is no model).", caption(report)])
+
+
+def _align(line: Sequence[str], widths: Sequence[int]) -> list[str]:
+    """The first cell to the left, numbers to the right."""
+    return [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
+
+
+def markdown_table(report: Mapping[str, Any]) -> str:
+    """The summary for the README: the lowest perplexity of each column in bold, a caption line below."""
+    header, *rows = table_cells(report, mark="**{}**")
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{table}\n\n*{caption(report)} Bold: lowest of its column; the oracle is no model.*"
+
+
+def update_readme(report: Mapping[str, Any], readme: Path) -> None:
+    """Replace what stands between `<!-- table: EXPERIMENT -->` and `<!-- /table -->` by the report's Markdown table.
+
+    Raises ValueError unless the file has that pair of markers exactly once.
+    """
+    text = readme.read_text(encoding="utf-8")
+    start = f"<!-- table: {report['experiment']} -->"
+    pattern = re.compile(re.escape(start) + r"(?:(?!<!-- table:).)*?<!-- /table -->", re.DOTALL)
+    found = len(pattern.findall(text))
+    if found != 1:
+        raise ValueError(
+            f"{readme} has {found} tables marked `{start}` … `<!-- /table -->`, expected exactly one. "
+            "Put the two comments where the table should stand."
+        )
+    block = f"{start}\n{markdown_table(report)}\n<!-- /table -->"
+    temporary = readme.with_name(readme.name + ".tmp")
+    temporary.write_text(pattern.sub(lambda _: block, text), encoding="utf-8")
+    temporary.replace(readme)

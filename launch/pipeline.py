@@ -1,0 +1,163 @@
+"""`upcycle` = `python -m launch.pipeline`: compose the settings with Hydra, check them, run what is missing."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from launch.config import Config, build, nearest
+from launch.plan import print_plan
+from launch.recipes import Experiment, upcycle
+from upcycle.durable import write_json
+from upcycle.store import Artifact, Store
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+COMPUTES = ("seed", "branch", "mix", "dense", "soup", "assemble", "eval")
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def compose(raw: DictConfig) -> None:
+    plain: Any = OmegaConf.to_container(raw, resolve=True, throw_on_missing=True)
+    try:
+        run(build(plain), Path(HydraConfig.get().runtime.output_dir))
+    except (ValueError, FloatingPointError, OSError) as error:
+        if os.environ.get("UPCYCLE_TRACEBACK"):
+            raise
+        sys.exit(_fail(f"{error}"))
+
+
+def run(cfg: Config, out: Path) -> None:
+    """Plan, compute one stage, or compute everything that is missing and write `out`."""
+    console = Console(stderr=False)
+    experiment = upcycle(cfg, Store(cfg.artifacts))
+    if cfg.plan:
+        print_plan(experiment, console)
+        return
+    stages = list(experiment.store.stages.values())
+    if cfg.stage is not None:
+        if cfg.stage not in experiment.store.stages:
+            names = list(experiment.store.stages)
+            raise ValueError(f"stage={cfg.stage}: no such stage{nearest(cfg.stage, names)} Stages: {', '.join(names)}")
+        stages = [experiment.store.stages[cfg.stage]]
+    compute(cfg, experiment.store, stages, console)
+    write_manifest(cfg, experiment, out)
+    if experiment.report.finished:
+        show_report(experiment.report, out, console)
+
+
+def compute(cfg: Config, store: Store, stages: list[Artifact], console: Console) -> None:
+    """Make what is missing of `stages`, in order."""
+    from launch.track import Tracker
+
+    missing = [stage for stage in stages if not stage.finished]
+    if missing:
+        _prepare_process(cfg, console)
+    tracker = Tracker(cfg, console)
+    for stage in stages:
+        if stage.finished:
+            store.make(stage, run=_silent())
+            continue
+        with tracker.stage(stage.name) as stage_run:
+            made = store.make(stage, stage_run)
+        console.print(f"{stage.name:24} {'made in' if made else 'found'} {stage.seconds():7.1f} s  {stage.path.name}", highlight=False)
+    if store.foreign:
+        first = next(iter(store.foreign.values()))
+        console.print(f"note: {len(store.foreign)} finished stages were made by other versions: {first}", highlight=False)
+
+
+def _silent() -> Any:
+    from upcycle.store import Run
+
+    return Run(say=lambda text: None)
+
+
+def _prepare_process(cfg: Config, console: Console) -> None:
+    """Allocator and threads; before torch allocates."""
+    from upcycle.machine import keep_freed_memory
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import datasets
+    import torch
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # ours says more
+    datasets.disable_progress_bars()
+    if not torch.cuda.is_available() and keep_freed_memory():
+        console.print("CPU run: freed memory is kept by the process (glibc allocator setting)", highlight=False)
+    if cfg.launch.threads is not None:
+        torch.set_num_threads(cfg.launch.threads)
+
+
+def write_manifest(cfg: Config, experiment: Experiment, out: Path) -> None:
+    """`manifest.json` (stage -> artifact) and `config.yaml` of this run."""
+    import json
+
+    from pydantic import TypeAdapter
+
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "manifest.json", {name: stage.path.name for name, stage in experiment.store.stages.items()})
+    plain = json.loads(TypeAdapter(Config).dump_json(cfg))
+    (out / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain)))
+
+
+def show_report(report: Artifact, out: Path, console: Console) -> None:
+    """Copy the report to the run's directory and print its table."""
+    import json
+
+    from evals.tables import format_table
+
+    for name in ("report.json", "report.html"):
+        shutil.copyfile(report.path / name, out / name)
+    shutil.copytree(report.path / "figures", out / "figures", dirs_exist_ok=True)
+    console.print(format_table(json.loads((out / "report.json").read_text())), highlight=False, markup=False, soft_wrap=True)
+    console.print(f"\nreport: {out / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Run, and turn what a user can cause into one clear message and exit status 2."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through to here
+    try:
+        compose()
+    except (HydraException, OmegaConfBaseException) as error:
+        sys.exit(_fail(explain_override(str(error))))
+
+
+def _fail(message: str) -> int:
+    print(f"upcycle: {message}", file=sys.stderr)
+    return 2
+
+
+def explain_override(message: str) -> str:
+    """Hydra's complaint about an override, with the names that would have been valid there."""
+    found = re.search(r"full_key: (\S+)", message) or re.search(r"override '?([\w./@-]+)'?", message)
+    if found is None:
+        return message
+    path = found.group(1).split(".")
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        experiments = [argument for argument in sys.argv[1:] if argument.startswith("experiment=")]
+        try:
+            node: Any = hydra.compose("config", overrides=experiments)
+        except (HydraException, OmegaConfBaseException):
+            return message
+    for part in path[:-1]:
+        node = node.get(part) if isinstance(node, DictConfig) else None
+    names = [str(key) for key in node] if isinstance(node, DictConfig) else []
+    if not names or path[-1] in names:
+        return message
+    return f"{'.'.join(path)}: unknown key{nearest(path[-1], names)} Valid here: {', '.join(names)}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""`upcycle status` and `upcycle report`: what runs there are, how far they are, what they found."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+
+from upcycle.store import RECORD
+
+RUNS = Path("runs")
+
+
+def _runs(names: list[str]) -> list[Path]:
+    """The directories of the named runs, or of all runs here.
+
+    Raises ValueError: a name without a manifest.
+    """
+    if not names:
+        return sorted(path.parent for path in RUNS.glob("**/manifest.json"))
+    found = [Path(name) if (Path(name) / "manifest.json").is_file() else RUNS / name for name in names]
+    for name, path in zip(names, found, strict=True):
+        if not (path / "manifest.json").is_file():
+            have = ", ".join(str(run.relative_to(RUNS)) for run in _runs([])) or "none"
+            raise ValueError(f"{name}: no run of that name here (no {path / 'manifest.json'}); runs here: {have}")
+    return found
+
+
+def print_status(arguments: list[str]) -> int:
+    """One line a run: how many of its stages are done, and the first that is not."""
+    console = Console()
+    try:
+        runs = _runs(arguments)
+    except ValueError as error:
+        print(f"upcycle: {error}", file=sys.stderr)
+        return 2
+    if not runs:
+        console.print("no runs here; `upcycle experiment=tiny` makes one")
+    for run in runs:
+        manifest = json.loads((run / "manifest.json").read_text())
+        store = Path(yaml.safe_load((run / "config.yaml").read_text())["artifacts"])
+        missing = [stage for stage, artifact in manifest.items() if not (store / artifact / RECORD).is_file()]
+        state = "finished" if not missing else f"next: {missing[0]}"
+        console.print(f"{run}  {len(manifest) - len(missing)} of {len(manifest)} stages done, {state}", highlight=False)
+    return 0
+
+
+def print_reports(arguments: list[str]) -> int:
+    """Each run's table; with --readme, also write it into README.md between its marks."""
+    from evals.tables import format_table, update_readme
+
+    console, readme = Console(), "--readme" in arguments
+    try:
+        for run in _runs([argument for argument in arguments if argument != "--readme"]):
+            if not (run / "report.json").is_file():
+                raise ValueError(f"{run}: no report.json yet; run `upcycle experiment={run.name}` to its end first")
+            found = json.loads((run / "report.json").read_text())
+            console.print(format_table(found), highlight=False, markup=False, soft_wrap=True)
+            if readme:
+                update_readme(found, Path("README.md"))
+    except ValueError as error:
+        print(f"upcycle: {error}", file=sys.stderr)
+        return 2
+    return 0

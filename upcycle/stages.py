@@ -1,0 +1,123 @@
+"""The stages: glue between settings, input directories and the library. Each is a pure function of both.
+
+Heavy imports are inside the functions: planning a run imports this file and must not wait for torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from upcycle.config import AssembleConfig, SeedConfig, TokenizerConfig
+from upcycle.durable import write_json
+from upcycle.store import Run, versioned
+
+
+@versioned(1)
+def collect_documents(config: dict[str, Any], *, out: Path, run: Run, num_proc: int | None = None) -> None:
+    """A domain's documents, split by the hash of their near-duplicate cluster. config: `domain`, `data`."""
+    from dataclasses import replace
+
+    from upcycle.data import collect_domain
+
+    found = collect_domain(replace(config["domain"], num_proc=num_proc), config["data"], out)
+    sizes = ", ".join(f"{split} {n['documents']} ({n['bytes'] / 1e6:.1f} MB)" for split, n in found["splits"].items())
+    near = sum(n["near_duplicates"] for n in found["splits"].values())
+    run.say(f"documents: {sizes}; {near} near duplicates kept in their cluster's split")
+
+
+@versioned(1)
+def train_tokenizer(config: TokenizerConfig, *, out: Path, run: Run, documents: dict[str, Path]) -> None:
+    from upcycle.data import fit_tokenizer
+
+    fit_tokenizer(config, documents, out)
+
+
+@versioned(1)
+def tokenize_documents(
+    config: dict[str, Any], *, out: Path, run: Run, documents: Path, tokenizer: Path, num_proc: int | None = None
+) -> None:
+    """Token arrays of every split, and how much of the test split's n-grams the training split has too."""
+    from upcycle.data import ngram_overlap, tokenize_domain
+
+    tokenize_domain(documents, tokenizer, out, num_proc)
+    overlap = ngram_overlap(out, out, config["overlap_ngram"])
+    write_json(out / "overlap.json", {"ngram": config["overlap_ngram"], "test_in_train": overlap})
+    run.say(f"{config['overlap_ngram']}-gram overlap of test with train: {overlap:.2%}")
+
+
+@versioned(1)
+def prepare_seed(
+    config: SeedConfig, *, out: Path, run: Run, tokenizer: Path, data: dict[str, Path]
+) -> None:
+    """A seed of `config.architecture` and `config.sizes`, initialised and pretrained here."""
+    import torch
+    from accelerate.utils import set_seed
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    assert config.architecture is not None and config.train is not None
+    words = AutoTokenizer.from_pretrained(tokenizer)
+    ids = {name: getattr(words, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    sizes = AutoConfig.for_model(config.architecture, **{**config.sizes, **ids, "vocab_size": len(words)})
+    set_seed(config.train.rng_seed)
+    model = AutoModelForCausalLM.from_config(sizes, dtype=torch.float32)
+    _train_and_save(model, config.train, None, data, tokenizer, out, run)
+
+
+@versioned(1)
+def import_model(config: None, *, out: Path, run: Run, path: str) -> None:
+    """A checkpoint of the user's, copied into the store; its content is its key."""
+    from upcycle.checkpoint import import_checkpoint
+
+    import_checkpoint(Path(path), out)
+
+
+@versioned(1)
+def train_model(config: dict[str, Any], *, out: Path, run: Run, model: Path, data: dict[str, Path]) -> None:
+    """Continue training a dense model or a mixture. config: `train`, `skip_tokens` (already used by earlier stages)."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import upcycle.modeling  # noqa: F401  (registers the mixture's classes)
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    _train_and_save(loaded, config["train"], config["skip_tokens"], data, model, out, run)
+
+
+def _train_and_save(model, train_config, skip_tokens, data, tokenizer: Path, out: Path, run: Run) -> None:
+    import shutil
+
+    from upcycle.checkpoint import copy_tokenizer
+    from upcycle.cost import Shape
+    from upcycle.train import train
+
+    flops = Shape.of_config(model.config.to_dict()).train_flops_per_token(train_config.sequence_length)
+    train(model, train_config, data, out, run, flops, skip_tokens)
+    model.save_pretrained(out)
+    copy_tokenizer(tokenizer, out)
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+
+
+@versioned(1)
+def merge_models(config: dict[str, Any], *, out: Path, run: Run, seed: Path, branches: dict[str, Path]) -> None:
+    """One dense model from several. config: `method` (merge.METHODS), `include_seed`."""
+    from upcycle.assembly import write_merged
+
+    write_merged(seed, branches, out, config["method"], config["include_seed"])
+
+
+@versioned(1)
+def assemble_moe(config: AssembleConfig, *, out: Path, run: Run, seed: Path, branches: dict[str, Path]) -> None:
+    """Seed and branches as one mixture, proved against them."""
+    from upcycle.assembly import write_mixture
+
+    write_mixture(seed, branches, out, config, advance=run.advance)
+    if config.prove:
+        from upcycle.proof import prove
+
+        proof = prove(out, ({"seed": seed} if config.include_seed else {}) | branches)
+        worst = max(proof["one_hot_errors"].values())
+        run.say(
+            f"proved: {proof['expert_tensors_hashed']} expert tensors are their branch's; each expert alone equals its "
+            f"dense model within {worst:.1e}; gates sum to {proof['mean_gate_sum']:.3f} on average"
+        )
