@@ -48,7 +48,7 @@ def headline(report: Mapping[str, Any]) -> str:
     change, baseline = percent(item["nats_difference"]), item["against"]
     sentences = {
         "better": f"{model} beats {baseline}: {change} perplexity on the trained domains.",
-        "worse": f"No mixture or merge beats {baseline}: the best, {model}, has {change} perplexity on the trained domains.",
+        "worse": f"No mixture or merge beats {baseline}: the best, {model}, has {change} trained perplexity.",
         "no clear difference": f"No clear winner: {model} and {baseline} differ by less than the test set can tell.",
     }
     return sentences[verdict(item)]

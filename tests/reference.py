@@ -81,9 +81,7 @@ def assignment_load(decision: Decision, num_experts: int) -> Tensor:
 LOADS = {"btx": gate_load, "switch": assignment_load}
 
 
-def balance_loss(
-    layers: list[tuple[Tensor, list[Decision]]], valid: list[list[bool]], kind: str, scope: str
-) -> Tensor:
+def balance_loss(layers: list[tuple[Tensor, list[Decision]]], valid: list[list[bool]], kind: str, scope: str) -> Tensor:
     """E · Σ_e mean(load_e) · mean(prob_e), per group of tokens; groups averaged by their tokens, then layers averaged.
 
     layers: each layer's logits (B·S, E) and its B·S decisions. valid: B rows of S. Groups: each sequence, or all.
@@ -136,7 +134,10 @@ def next_token_cross_entropy(logits_BSV: Tensor, labels_BS: Tensor) -> tuple[Ten
 def moe_feed_forward(hidden_TD: Tensor, decisions: list[Decision], mlps: list[nn.Module]) -> Tensor:
     """Each token: the sum over its experts of gate · MLP(token)."""
     return torch.stack(
-        [sum(gate * mlps[expert](x) for expert, gate in decision) for x, decision in zip(hidden_TD, decisions, strict=True)]
+        [
+            sum(gate * mlps[expert](x) for expert, gate in decision)
+            for x, decision in zip(hidden_TD, decisions, strict=True)
+        ]
     )
 
 
@@ -212,7 +213,9 @@ class ReferenceMixture:
     forced sends every token to that expert with gate 1. After a forward, `ffn` holds each layer's (logits, decisions).
     """
 
-    def __init__(self, models, ffn_routers, router, k, gate_scale="none", attention="merged", kv="expert", attention_routers=None):
+    def __init__(
+        self, models, ffn_routers, router, k, gate_scale="none", attention="merged", kv="expert", attention_routers=None
+    ):
         self.experts = [copy.deepcopy(model).double() for model in models]
         self.rest = average(self.experts)
         for model in [self.rest, *self.experts]:
@@ -223,7 +226,9 @@ class ReferenceMixture:
         self.forced: int | None = None
         self.neox = self.rest.config.model_type == "gpt_neox"
 
-    def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
+    def logits(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         position_ids = torch.arange(input_ids.shape[1])[None] if position_ids is None else position_ids
         decoder = self.rest.gpt_neox if self.neox else self.rest.model

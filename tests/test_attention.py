@@ -24,7 +24,9 @@ def pair(kind: str, kv: str, implementation: str = "sdpa", **changes):
     choices = dict(router="softmax_topk", num_experts_per_tok=1, gate_scale="straight_through")
     mixture = tiny.mixture_of(models, implementation=implementation, attention="mixture", kv=kv, **choices)
     routers = [tiny.routers_of(mixture, part) for part in ("ffn", "attention")]
-    twin = reference.ReferenceMixture(models, routers[0], "softmax_topk", 1, "straight_through", "mixture", kv, routers[1])
+    twin = reference.ReferenceMixture(
+        models, routers[0], "softmax_topk", 1, "straight_through", "mixture", kv, routers[1]
+    )
     return mixture, twin
 
 
@@ -90,7 +92,8 @@ def test_the_sum_holds_for_every_grouping_of_query_heads(kv, kv_heads):
 @pytest.mark.parametrize("kv", KV)
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_token_by_token_with_a_cache_equals_the_sum_over_experts(kind, kv, implementation):
-    mixture, twin = pair(kind, kv, implementation)
+    # fp32: in float64 Hugging Face's own eager softmax (fp32) turns a fully masked row's lowest number into −inf, NaN
+    mixture, twin = pair(kind, kv, implementation, dtype=torch.float32)
     ids, mask = tiny.tokens(2, 7), tiny.left_padding(0, 3, sequence=7)
     expected = twin.logits(ids, mask)
     cache, steps = DynamicCache(config=mixture.config), []
@@ -99,7 +102,7 @@ def test_token_by_token_with_a_cache_equals_the_sum_over_experts(kind, kv, imple
             out = mixture(ids[:, step : step + 1], mask[:, : step + 1], past_key_values=cache, use_cache=True)
             steps.append(out.logits)
     valid = mask.bool()
-    torch.testing.assert_close(torch.cat(steps, 1)[valid].float(), expected[valid].float())
+    torch.testing.assert_close(torch.cat(steps, 1)[valid], expected[valid].float())
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

@@ -20,11 +20,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from upcycle.config import DataConfig, DomainConfig, TokenizerConfig
-from upcycle.corpora import CORPORA, corpus_fingerprint
+from upcycle.corpora import CORPORA, corpus_fingerprint, plain
 from upcycle.data import (
-    EOS, collect_domain, fingerprint, fit_tokenizer, near_duplicate_clusters, ngram_overlap, read_documents,
-    split_documents, tokenize_domain,
-)  # fmt: skip
+    EOS,
+    collect_domain,
+    fingerprint,
+    fit_tokenizer,
+    near_duplicate_clusters,
+    ngram_overlap,
+    read_documents,
+    split_documents,
+    tokenize_domain,
+)
 
 TEXTS = [f"document {n} says " + " ".join(f"word{n * k % 97}" for k in range(40)) for n in range(120)]
 WORDS = [f"{a}{b}" for a in ("ka", "mo", "ri", "tu", "sel", "bor") for b in ("len", "tis", "var", "dom", "qua")]
@@ -98,6 +105,12 @@ def test_math_problems_leave_the_callers_random_state_alone():
     assert random.random() == expected
 
 
+def test_latex_becomes_plain_text():
+    assert plain(r"$\frac{-8 + \sqrt{48}}{2*1}$") == "(-8 + sqrt(48))/(2*1)"
+    assert plain(r"$80^{\frac{1}{6}} \cdot x^{2}$") == "80^{1/6} * x^2"
+    assert plain(r"\begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}") == "[1, 2; 3, 4]"
+
+
 def test_math_programs_run_and_print_what_they_say():
     for document in CORPORA["math_programs"](30_000, 4):
         printed = io.StringIO()
@@ -112,7 +125,7 @@ def test_math_programs_run_and_print_what_they_say():
 
 def test_fingerprint_of_a_corpus_imports_nothing_heavy():
     script = (
-        "import sys; from upcycle.corpora import CORPORA, corpus_fingerprint\n"
+        "import sys; from upcycle.corpora import CORPORA, corpus_fingerprint, plain\n"
         "print([corpus_fingerprint(name, 10) for name in CORPORA])\n"
         "assert not {'torch', 'datasets', 'mathgenerator', 'numpy'} & set(sys.modules), sys.modules.keys()"
     )
@@ -258,7 +271,7 @@ def test_splits_have_their_share_of_the_bytes():
 
 def test_a_domain_too_small_for_its_splits_is_refused():
     texts = ["the same words again and again in one document"] * 30
-    with pytest.raises(ValueError, match="too small: 30 documents in 1 clusters.*test empty"):
+    with pytest.raises(ValueError, match=r"too small: 30 documents in 1 clusters.*split valid empty"):
         split_documents(texts, DomainConfig(source="json", path="x"), DataConfig())
     kept = split_documents(
         texts, DomainConfig(source="json", path="x", test_fraction=0, valid_fraction=0), DataConfig()
@@ -360,14 +373,23 @@ def test_ngram_overlap_equals_the_sets(tmp_path, n, monkeypatch):
     assert ngram_overlap(tmp_path, tmp_path, n) == pytest.approx(expected)
 
 
-def test_uint32_where_the_vocabulary_needs_it(collected, tokenizer, tmp_path):
-    from transformers import AutoTokenizer
+def test_uint32_where_the_vocabulary_needs_it(collected, tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
 
-    large = AutoTokenizer.from_pretrained(tokenizer)
-    large.add_tokens([f"<extra{n}>" for n in range(2**16)])
-    large.save_pretrained(tmp_path / "large")
+    words = Tokenizer(models.WordLevel({EOS: 0, **{str(n): n for n in range(1, 2**16 + 1)}}, unk_token=EOS))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token=EOS).save_pretrained(tmp_path / "large")
     assert tokenize_domain(collected["words"], tmp_path / "large", tmp_path / "tokens")["dtype"] == "uint32"
     assert np.load(tmp_path / "tokens" / "test.tokens.npy").dtype == np.uint32
+
+
+def test_a_tokenizer_without_eos_is_refused(collected, tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())).save_pretrained(tmp_path / "bare")
+    with pytest.raises(ValueError, match="no eos_token"):
+        tokenize_domain(collected["words"], tmp_path / "bare", tmp_path / "tokens")
 
 
 def test_first_documents_of_a_large_corpus_come_without_reading_it_all():

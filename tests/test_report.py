@@ -24,7 +24,7 @@ from evals.tables import average_title, quality_columns, write_count, write_perp
 
 DOMAINS = {"code": True, "law": True, "math": True, "general": True, "cpp": False, "programs": False}
 EXPERTS = ["seed", "code", "law", "math"]
-LAYERS = 4
+LAYERS = 2
 BRANCHES = [["seed"], ["branch/code", "branch/law", "branch/math"]]
 # fmt: off
 # name: (kind, parameters, active parameters, train tokens, stages, mean nats per token by domain)

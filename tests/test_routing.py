@@ -37,7 +37,9 @@ def test_router_equals_loop_over_tokens(kind, scale, k):
     torch.testing.assert_close(logits.grad, twin_logits.grad)
 
 
-@pytest.mark.parametrize("kind, scale, k", [c for c in CASES if c[1] in ("sum_to_one", "straight_through") or c[0] != "softmax_topk"])
+@pytest.mark.parametrize(
+    "kind, scale, k", [c for c in CASES if c[1] in ("sum_to_one", "straight_through") or c[0] != "softmax_topk"]
+)
 def test_gates_sum_to_one(kind, scale, k):
     gates = ROUTERS[kind](torch.randn(T, E), k, scale).gates
     torch.testing.assert_close(gates.sum(-1), torch.ones(T))
@@ -96,7 +98,9 @@ def test_a_recomputation_gets_the_first_decision_back():
 
 def test_trace_keeps_parts_apart_in_layer_order():
     trace = RoutingTrace()
-    routings = {f"{part}.{n}": Routing(torch.full((1, 1), n), None, None) for n in range(12) for part in ("attention", "ffn")}
+    routings = {
+        f"{part}.{n}": Routing(torch.full((1, 1), n), None, None) for n in range(12) for part in ("attention", "ffn")
+    }
     for name, routing in routings.items():
         trace.record(name, routing)
     assert [r.logits.item() for r in trace.of("ffn")] == list(range(12))

@@ -19,7 +19,9 @@ DENSE = ("llama", "gpt_neox", "gpt_neox_sequential")
 
 def dense_config(kind: str, **changes):
     """llama: grouped queries, attention biases. gpt_neox: parallel residual, biases; gpt_neox_sequential without it."""
-    common = dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
+    common = dict(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64
+    )
     common |= dict(bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False)
     if kind == "llama":
         return LlamaConfig(**common | dict(intermediate_size=40, num_key_value_heads=2, attention_bias=True) | changes)
@@ -33,8 +35,10 @@ def randomise(model: nn.Module, generator: torch.Generator) -> None:
     """Biases and norms too: what starts at 0 or 1 hides mistakes."""
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        norm_weight = "norm" in name and name.endswith("weight")
-        parameter.copy_(1 + 0.2 * noise if norm_weight else 0.2 * noise)
+        if "norm" in name and name.endswith("weight"):
+            parameter.copy_(1 + 0.2 * noise)
+        else:  # embeddings of size 1, else the first norm (fp32 in RMSNorm) blows their gradient up
+            parameter.copy_(noise if "embed" in name else 0.2 * noise)
 
 
 def dense_models(kind: str, count: int = 3, rng_seed: int = 0, dtype=torch.float64, **changes) -> list[PreTrainedModel]:

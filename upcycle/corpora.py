@@ -37,13 +37,20 @@ MATH_SKIPPED = {
     "euclidian_norm", "angle_btw_vectors", "fibonacci_series", "decimal_to_octal", "decimal_to_roman_numerals",
 }  # fmt: skip
 
+
+def bracketed(term: str) -> str:
+    """A term as part of a fraction: sums and products in brackets, plain numbers and names as they are."""
+    return term if re.fullmatch(r"-?[\w.]+|sqrt\([\w.]+\)", term) else f"({term})"
+
+
 LATEX = (
     (re.compile(r"\\begin\{bmatrix\}\s*(.*?)\s*\\end\{bmatrix\}"), lambda m: f"[{m[1]}]"),
     (re.compile(r"\s*\\\\\s*"), "; "),
     (re.compile(r"\s*&\s*"), ", "),
-    (re.compile(r"\\frac\{([^{}]*)\}\{([^{}]*)\}"), r"\1/\2"),
     (re.compile(r"\\sqrt(\[\d\])?\{([^{}]*)\}"), r"sqrt\1(\2)"),
-    (re.compile(r"([\^_])\{([^{}]*)\}"), r"\1\2"),
+    (re.compile(r"\\frac\{([^{}]*)\}\{([^{}]*)\}"), lambda m: f"{bracketed(m[1])}/{bracketed(m[2])}"),
+    (re.compile(r"\{\{([^{}]*)\}\}"), r"{\1}"),
+    (re.compile(r"([\^_])\{([^{}/]*)\}"), r"\1\2"),
     (re.compile(r"\\cdot"), "*"),
     (re.compile(r"\\div"), " / "),
     (re.compile(r"\\times"), "x"),

@@ -242,8 +242,13 @@ def tokenize_domain(documents: Path, tokenizer: Path, out: Path, num_proc: int |
 def tokenize_split(parquet: Path, encoder: Any, out: Path, dtype: type, num_proc: int | None) -> dict[str, int]:
     """Write one split's three arrays next to `out`, without ever holding its tokens in memory."""
     import pyarrow.compute as pc
+    import pyarrow.parquet as pq
     from datasets import Dataset, Features, List, Value
 
+    if not pq.read_metadata(parquet).num_rows:  # datasets cannot read an empty file, numpy cannot map an empty array
+        for part, array in (("tokens", np.empty(0, dtype)), ("offsets", np.zeros(1, int)), ("bytes", np.zeros(0, int))):
+            np.save(f"{out}.{part}.npy", array)
+        return {"documents": 0, "tokens": 0, "bytes": 0}
     columns = Features({"tokens": List(Value("int32")), "bytes": Value("int64")})
     with tempfile.TemporaryDirectory(dir=out.parent) as cache:  # the stage that called us is the cache
         texts = Dataset.from_parquet(str(parquet), cache_dir=cache)
@@ -253,15 +258,13 @@ def tokenize_split(parquet: Path, encoder: Any, out: Path, dtype: type, num_proc
         ).with_format("arrow")  # fmt: skip
         lengths = [pc.call_function("list_value_length", [batch["tokens"]]).to_numpy() for batch in encoded.iter(1000)]
         offsets = np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64)
-        np.save(f"{out}.tokens.npy", np.empty(0, dtype))  # an empty split stays like this: 0 bytes cannot be mapped
-        if offsets[-1]:
-            target = np.lib.format.open_memmap(f"{out}.tokens.npy", "w+", dtype, (int(offsets[-1]),))
-            written = 0
-            for batch in encoded.iter(1000):
-                tokens = batch["tokens"].combine_chunks().flatten().to_numpy()
-                target[written : written + len(tokens)] = tokens
-                written += len(tokens)
-            target.flush()
+        target = np.lib.format.open_memmap(f"{out}.tokens.npy", "w+", dtype, (int(offsets[-1]),))
+        written = 0
+        for batch in encoded.iter(1000):
+            tokens = batch["tokens"].combine_chunks().flatten().to_numpy()
+            target[written : written + len(tokens)] = tokens
+            written += len(tokens)
+        target.flush()
         document_bytes = np.array(encoded.with_format("numpy")["bytes"][:], dtype=np.int64)
     np.save(f"{out}.offsets.npy", offsets)
     np.save(f"{out}.bytes.npy", document_bytes)
