@@ -21,7 +21,7 @@ FAMILIES = ("llama", "gpt_neox")
 def pair(kind: str, kv: str, implementation: str = "sdpa", **changes):
     """A BAM mixture of three dense models and its reference."""
     models = tiny.dense_models(kind, **changes)
-    choices = dict(router="softmax_topk", num_experts_per_tok=1, gate_scale="straight_through")
+    choices = {"router": "softmax_topk", "num_experts_per_tok": 1, "gate_scale": "straight_through"}
     mixture = tiny.mixture_of(models, implementation=implementation, attention="mixture", kv=kv, **choices)
     routers = [tiny.routers_of(mixture, part) for part in ("ffn", "attention")]
     twin = reference.ReferenceMixture(

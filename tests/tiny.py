@@ -19,15 +19,21 @@ DENSE = ("llama", "gpt_neox", "gpt_neox_sequential")
 
 def dense_config(kind: str, **changes):
     """llama: grouped queries, attention biases. gpt_neox: parallel residual, biases; gpt_neox_sequential without it."""
-    common = dict(
-        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64
-    )
-    common |= dict(bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False)
+    common = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    }
+    common |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": False}
     if kind == "llama":
-        return LlamaConfig(**common | dict(intermediate_size=40, num_key_value_heads=2, attention_bias=True) | changes)
-    parallel = dict(use_parallel_residual=kind == "gpt_neox")
-    dropouts = dict(attention_dropout=0.0, hidden_dropout=0.0)
-    return GPTNeoXConfig(**common | dict(intermediate_size=48, rotary_pct=0.5) | parallel | dropouts | changes)
+        return LlamaConfig(
+            **common | {"intermediate_size": 40, "num_key_value_heads": 2, "attention_bias": True} | changes
+        )
+    parallel = {"use_parallel_residual": kind == "gpt_neox"}
+    dropouts = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
+    return GPTNeoXConfig(**common | {"intermediate_size": 48, "rotary_pct": 0.5} | parallel | dropouts | changes)
 
 
 @torch.no_grad()

@@ -1,0 +1,34 @@
+"""Turn dense language models into mixtures of experts.
+
+    import upcycle
+    upcycle.assemble(seed="A", branches={"code": "B", "math": "C"}, out="moe", method="bam")
+    model = transformers.AutoModelForCausalLM.from_pretrained("moe")
+
+Shapes, everywhere: B batch, S sequence, T tokens (B·S), D hidden, F feed-forward, E experts, K experts per token,
+H heads, L layers, V vocabulary, N models being merged.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+# Looked up on first use: `import upcycle` must not wait for torch.
+_HOMES = {
+    "assemble": "upcycle.api",
+    "preset": "upcycle.api",
+    "AssembleConfig": "upcycle.config",
+    "RouterConfig": "upcycle.config",
+    "TrainConfig": "upcycle.config",
+    "RoutingTrace": "upcycle.routing",
+    "UpcycledConfig": "upcycle.modeling",
+    "UpcycledForCausalLM": "upcycle.modeling",
+    "UpcycledModel": "upcycle.modeling",
+}
+__all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'upcycle' has no attribute {name!r}; it offers {', '.join(__all__)}")
+    return getattr(import_module(_HOMES[name]), name)

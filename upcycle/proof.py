@@ -73,14 +73,15 @@ def _check_hashes(mixture: Checkpoint, pieces: list[Piece], experts: list[str]) 
 
 def _dense_reference(mixture: Checkpoint, pieces: list[Piece], config, expert: Checkpoint) -> torch.nn.Module:
     """A dense model of the seed's class: the expert's own stacked tensors, the mixture's merged ones for the rest."""
+    dtype = mixture.dtype()  # what the sources were cast to
     state: dict[str, Tensor] = {}
     halves: dict[str, dict[str, Tensor]] = {}
     for piece in pieces:
         if piece.origin == "stacked" and piece.cut is None:
-            state.update({source: expert.get(source) for source in piece.sources})
+            state.update({source: expert.get(source).to(dtype) for source in piece.sources})
         elif piece.origin == "stacked":
             assert piece.cut is not None
-            halves.setdefault(piece.sources[0], {})["query"] = piece.cut(expert.get(piece.sources[0]))
+            halves.setdefault(piece.sources[0], {})["query"] = piece.cut(expert.get(piece.sources[0])).to(dtype)
         elif piece.origin == "merged" and piece.cut is not None:
             halves.setdefault(piece.sources[0], {})["key_value"] = mixture.get(piece.target)
         elif piece.origin == "merged":

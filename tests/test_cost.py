@@ -1,0 +1,67 @@
+"""cost.py's figures against the real modules."""
+
+import pytest
+import torch
+from tests.tiny import dense_config
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
+
+from upcycle.config import AssembleConfig, RouterConfig
+from upcycle.cost import Shape
+from upcycle.modeling import UpcycledConfig, UpcycledForCausalLM
+
+MIXTURES = [("merged", "expert"), ("mixture", "expert"), ("mixture", "shared")]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
+def test_dense_parameters_are_exact(kind, tied):
+    config = dense_config(kind, tie_word_embeddings=tied)
+    model = AutoModelForCausalLM.from_config(config)
+    shape = Shape.of_config(config.to_dict())
+    assert shape.parameters == shape.active_parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("attention", "kv"), MIXTURES)
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
+def test_mixture_parameters_are_exact(kind, attention, kv):
+    seed = dense_config(kind)
+    config = UpcycledConfig(seed=seed.to_dict(), experts=["seed", "a", "b"], attention=attention, kv=kv)
+    model = UpcycledForCausalLM._from_config(config)
+    shape = Shape.of_config(config.to_dict())
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    per_expert = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n) // 3
+    assert shape.active_parameters == shape.parameters - (3 - config.num_experts_per_tok) * per_expert
+
+
+def test_settings_and_saved_config_give_one_shape():
+    seed = dense_config("llama")
+    choice = AssembleConfig(router=RouterConfig(top_k=2), attention="mixture", kv="shared")
+    config = UpcycledConfig(seed=seed.to_dict(), experts=["a", "b", "c"], attention="mixture", kv="shared")
+    assert Shape.of_config(seed.to_dict()).assembled(choice, 3) == Shape.of_config(config.to_dict())
+
+
+@pytest.mark.parametrize("attention", ["merged", "mixture"])
+def test_forward_flops_agree_with_a_counter(attention):
+    """The counter sees all S² attention pairs, twice what a causal kernel needs; the rest must agree within 1 %."""
+    seed = dense_config("llama", attention_bias=False)
+    config = UpcycledConfig(seed=seed.to_dict(), experts=["a", "b"], num_experts_per_tok=2, attention=attention)
+    model, length = UpcycledForCausalLM._from_config(config, attn_implementation="eager"), 32
+    model.set_experts_implementation("eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.arange(length)[None])
+    shape = Shape.of_config(config.to_dict())
+    pairs = 2 * length * shape.heads * shape.head_size * shape.attention_experts * shape.layers * length
+    assert counter.get_total_flops() == pytest.approx(shape.forward_flops_per_token(length) * length + pairs, rel=0.01)
+    assert shape.train_flops_per_token(length) == 3 * shape.forward_flops_per_token(length)
+
+
+def test_cache_bytes_are_what_generation_holds():
+    for kv, heads in (("shared", 1), ("expert", 3)):
+        seed = dense_config("llama")
+        config = UpcycledConfig(seed=seed.to_dict(), experts=["a", "b", "c"], attention="mixture", kv=kv)
+        model = UpcycledForCausalLM._from_config(config)
+        cache = model(torch.ones(1, 5, dtype=torch.long), use_cache=True).past_key_values
+        measured = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) / 5
+        assert Shape.of_config(config.to_dict()).cache_bytes_per_token(4) == measured
+        assert cache.layers[0].keys.shape[1] == heads * seed.num_key_value_heads

@@ -1,0 +1,193 @@
+"""The training loop: what a step does, and that a run goes on bit for bit."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from tests import reference
+from tests.domains import two_domains
+from tests.tiny import dense_models, mixture_of
+
+from upcycle.batches import Batches
+from upcycle.config import OptimizerConfig, PhaseConfig, ScheduleConfig, TrainConfig
+from upcycle.optim import decays, learning_rate, plan_phases
+from upcycle.store import Run
+from upcycle.train import train
+
+QUIET = Run(say=lambda text: None, checkpoint_seconds=None)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return two_domains(tmp_path_factory.mktemp("domains"))
+
+
+def config(**changes):
+    settings = dict(
+        tokens=8 * 4 * 16,
+        proportions={"low": 0.5, "high": 0.5},
+        sequence_length=16,
+        batch_sequences=4,
+        micro_batch_sequences=2,
+        lr=1e-2,
+        schedule=ScheduleConfig(warmup_steps=2),
+        precision="fp32",
+    )
+    return TrainConfig(**settings | changes)
+
+
+def mixture(attention="merged", **choices):
+    """Routers of std 0.5, balance and z-loss on."""
+    choices = dict(balance="btx", balance_coefficient=0.01, z_coefficient=0.001) | choices
+    return mixture_of(dense_models("llama", 3, dtype=torch.float32), attention=attention, **choices)
+
+
+def run(model, settings, data, out, stop=None, options=QUIET):
+    """Train; with `stop`, be killed just after that step's row is written."""
+    out.mkdir(parents=True, exist_ok=True)
+
+    class Killed(BaseException):
+        pass
+
+    def advance(done, total, **figures):
+        if done == stop:
+            raise Killed
+
+    killable = Run(options.say, advance, options.record, options.checkpoint_steps, None, options.keep_checkpoints)
+    try:
+        train(model, settings, data, out, killable, train_flops_per_token=1.0)
+    except Killed:
+        return model
+    assert stop is None
+    return model
+
+
+def rows(out):
+    """metrics.jsonl without its timings."""
+    timings = ("tokens_per_second", "peak_share")
+    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in timings} for row in found]
+
+
+def assert_bit_equal(model, other):
+    for (name, a), (_, b) in zip(model.named_parameters(), other.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+PHASES = (PhaseConfig(steps=3, trainable=("router",), lr=5e-2), PhaseConfig(frozen=(r"layers\.0\.mlp\.experts",)))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stop", [2, 3, 5])  # inside the first phase, on the boundary, inside the second
+def test_resume_equals_straight_run(data, tmp_path, stop, precision):
+    settings = config(phases=PHASES, precision=precision)
+    straight = run(mixture("mixture"), settings, data, tmp_path / "straight")
+    options = Run(say=lambda text: None, checkpoint_steps=stop)
+    run(mixture("mixture"), settings, data, tmp_path / "cut", stop=stop + 1, options=options)
+    resumed = run(mixture("mixture"), settings, data, tmp_path / "cut", options=options)
+    assert_bit_equal(resumed, straight)
+    assert rows(tmp_path / "cut") == rows(tmp_path / "straight")
+    assert [row["step"] for row in rows(tmp_path / "cut")] == list(range(1, 9))
+
+
+def test_a_damaged_snapshot_is_passed_over(data, tmp_path):
+    settings, said = config(), []
+    straight = run(mixture(), settings, data, tmp_path / "straight")
+    options = Run(said.append, checkpoint_steps=2, keep_checkpoints=2)
+    run(mixture(), settings, data, tmp_path / "cut", stop=7, options=options)
+    newest = tmp_path / "cut" / "checkpoints" / "step-00000006" / "optimizer.safetensors"
+    flipped = bytearray(newest.read_bytes())
+    flipped[-1] ^= 1
+    newest.write_bytes(flipped)
+    resumed = run(mixture(), settings, data, tmp_path / "cut", options=options)
+    assert_bit_equal(resumed, straight)
+    assert any("damaged" in line for line in said) and any("going on from step 4 of 8" in line for line in said)
+
+
+def test_a_half_written_snapshot_is_not_one(data, tmp_path):
+    settings = config()
+    straight = run(mixture(), settings, data, tmp_path / "straight")
+    run(mixture(), settings, data, tmp_path / "cut", stop=5, options=Run(lambda text: None, checkpoint_steps=4))
+    root = tmp_path / "cut" / "checkpoints"
+    shutil.copytree(root / "step-00000004", root / "step-00000008.partial")
+    assert_bit_equal(run(mixture(), settings, data, tmp_path / "cut"), straight)
+
+
+def test_one_step_equals_the_slow_twin(data, tmp_path):
+    """Loss, clipped gradients and AdamW of the first step, against reference.py on the same batch."""
+    options = OptimizerConfig(weight_decay=0.1, clip_norm=0.5)
+    settings = config(tokens=4 * 16, optimizer=options, schedule=ScheduleConfig(warmup_steps=0))
+    models = dense_models("llama", 1, dtype=torch.float32)
+    twin = dense_models("llama", 1, dtype=torch.float64)[0]
+    trained = run(models[0], settings, data, tmp_path / "out")
+    ids = torch.from_numpy(Batches(data, settings.proportions, 16, 4, settings.rng_seed).batch(0))
+    nats, count = reference.next_token_cross_entropy(twin(ids).logits, ids)
+    assert count == 4 * 15
+    (nats / count).backward()
+    named = dict(twin.named_parameters())
+    before, gradients = [p.detach() for p in named.values()], [p.grad for p in named.values()]
+    wd = [options.weight_decay if decays(name, p) else 0.0 for name, p in named.items()]
+    rate = learning_rate(settings, plan_phases(settings), 0)
+    after, norm = reference.clip_and_adamw(before, gradients, [{} for _ in wd], rate, decay=wd, max_norm=0.5)
+    (row,) = rows(tmp_path / "out")
+    assert row["loss"] == pytest.approx((nats / count).item(), rel=1e-5)
+    assert row["gradient_norm"] == pytest.approx(norm, rel=1e-4)
+    for (name, ours), theirs in zip(trained.named_parameters(), after, strict=True):
+        torch.testing.assert_close(ours.detach().double(), theirs, atol=2e-4, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("scope", ["sequence"])
+def test_accumulation_changes_nothing(data, tmp_path, scope):
+    results = [
+        run(mixture(balance_scope=scope), config(tokens=3 * 64, micro_batch_sequences=size), data, tmp_path / str(size))
+        for size in (4, 2, 1)
+    ]
+    for other in results[1:]:
+        for (name, a), (_, b) in zip(results[0].named_parameters(), other.named_parameters(), strict=True):
+            torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3, msg=name)  # Adam's first steps are signs: noise grows
+    losses = [[row["loss"] for row in rows(tmp_path / str(size))] for size in (4, 2, 1)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4) and losses[2] == pytest.approx(losses[0], abs=1e-4)
+
+
+def test_loss_is_the_sum_of_its_parts_and_health_is_reported(data, tmp_path):
+    run(mixture("mixture"), config(), data, tmp_path / "out")
+    for row in rows(tmp_path / "out"):
+        expected = row["cross_entropy"] + 0.01 * row["balance"] + 0.001 * row["z"]
+        assert row["loss"] == pytest.approx(expected, rel=1e-5)
+        assert len(row["load"]) == 2 and all(sum(layer) == pytest.approx(1, abs=1e-3) for layer in row["load"])
+        assert 0 < row["ffn_entropy"] <= 1.0987 and 0 < row["attention_entropy"] <= 1.0987
+        assert row["router_gradient_norm"] > 0 and row["dead_experts"] >= 0
+
+
+def test_gradient_checkpointing_trains_the_same(data, tmp_path):
+    plain = run(mixture("mixture"), config(tokens=4 * 64), data, tmp_path / "plain")
+    saving = run(mixture("mixture"), config(tokens=4 * 64, gradient_checkpointing=True), data, tmp_path / "saving")
+    assert_bit_equal(plain, saving)
+
+
+def test_training_lowers_the_loss(data, tmp_path):
+    run(mixture(), config(tokens=40 * 64), data, tmp_path / "out")
+    losses = [row["cross_entropy"] for row in rows(tmp_path / "out")]
+    assert sum(losses[-5:]) / 5 < sum(losses[:5]) / 5 - 0.5
+
+
+def test_non_finite_loss_stops_and_keeps_the_last_snapshot(data, tmp_path):
+    model = mixture()
+    options = Run(lambda text: None, checkpoint_steps=2)
+    run(model, config(), data, tmp_path / "out", stop=5, options=options)
+    poisoned = mixture()
+
+    def poison(module, args, output):
+        return output * float("nan")
+
+    poisoned.lm_head.register_forward_hook(poison)
+    with pytest.raises(FloatingPointError, match=r"step 4, rank 0: loss nan.*Lower the learning rate"):
+        run(poisoned, config(), data, tmp_path / "out", options=options)
+    assert (tmp_path / "out" / "checkpoints" / "step-00000004").is_dir()
+    assert [row["step"] for row in rows(tmp_path / "out")] == [1, 2, 3, 4]
+
+
+def test_batch_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="batch_sequences=4 is not a multiple of micro_batch_sequences=3"):
+        config(micro_batch_sequences=3)
