@@ -70,10 +70,15 @@ def compute(cfg: Config, store: Store, stages: list[Artifact], console: Console)
             continue
         with tracker.stage(stage.name) as stage_run:
             made = store.make(stage, stage_run)
-        console.print(f"{stage.name:24} {'made in' if made else 'found'} {stage.seconds():7.1f} s  {stage.path.name}", highlight=False)
+        console.print(
+            f"{stage.name:24} {'made in' if made else 'found'} {stage.seconds():7.1f} s  {stage.path.name}",
+            highlight=False,
+        )
     if store.foreign:
         first = next(iter(store.foreign.values()))
-        console.print(f"note: {len(store.foreign)} finished stages were made by other versions: {first}", highlight=False)
+        console.print(
+            f"note: {len(store.foreign)} finished stages were made by other versions: {first}", highlight=False
+        )
 
 
 def _silent() -> Any:
@@ -121,7 +126,9 @@ def show_report(report: Artifact, out: Path, console: Console) -> None:
     for name in ("report.json", "report.html"):
         shutil.copyfile(report.path / name, out / name)
     shutil.copytree(report.path / "figures", out / "figures", dirs_exist_ok=True)
-    console.print(format_table(json.loads((out / "report.json").read_text())), highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        format_table(json.loads((out / "report.json").read_text())), highlight=False, markup=False, soft_wrap=True
+    )
     console.print(f"\nreport: {out / 'report.html'}", highlight=False, soft_wrap=True)
 
 
@@ -141,7 +148,7 @@ def _fail(message: str) -> int:
 
 def explain_override(message: str) -> str:
     """Hydra's complaint about an override, with the names that would have been valid there."""
-    found = re.search(r"full_key: (\S+)", message) or re.search(r"override '?([\w./@-]+)'?", message)
+    found = re.search(r"full_key: (\S+)", message) or re.search(r"override '([^']+)'", message)
     if found is None:
         return message
     path = found.group(1).split(".")
@@ -151,12 +158,13 @@ def explain_override(message: str) -> str:
             node: Any = hydra.compose("config", overrides=experiments)
         except (HydraException, OmegaConfBaseException):
             return message
-    for part in path[:-1]:
-        node = node.get(part) if isinstance(node, DictConfig) else None
-    names = [str(key) for key in node] if isinstance(node, DictConfig) else []
-    if not names or path[-1] in names:
-        return message
-    return f"{'.'.join(path)}: unknown key{nearest(path[-1], names)} Valid here: {', '.join(names)}"
+    for depth, part in enumerate(path):
+        names = [str(key) for key in node] if isinstance(node, DictConfig) else []
+        if part not in names:
+            where = ".".join(path[: depth + 1])
+            return f"{where}: unknown key{nearest(part, names)} Valid here: {', '.join(names)}" if names else message
+        node = node[part]
+    return message
 
 
 if __name__ == "__main__":

@@ -99,7 +99,10 @@ def upcycle(cfg: Config, store: Store) -> Experiment:
         "rows": rows,
         "domains": {name: domain.trained for name, domain in cfg.domains.items()},
         "baseline": "dense" if cfg.dense is not None else None,
-        "settings": {"rng_seed": cfg.rng_seed, "artifacts": {name: stage.key[:8] for name, stage in store.stages.items()}},
+        "settings": {
+            "rng_seed": cfg.rng_seed,
+            "artifacts": {name: stage.key[:8] for name, stage in store.stages.items()},
+        },
         "eval": cfg.eval,
     }
     report = store.stage("report", compare_models, settings, evaluations=evaluations, training=training)
@@ -189,14 +192,20 @@ def _seed_lineage(cfg: Config) -> Lineage:
     if cfg.seed.path is not None:
         import json
 
-        return Lineage(Shape.of_config(json.loads((Path(cfg.seed.path) / "config.json").read_text())), stages=[["seed"]])
+        return Lineage(
+            Shape.of_config(json.loads((Path(cfg.seed.path) / "config.json").read_text())), stages=[["seed"]]
+        )
     assert cfg.seed.train is not None and cfg.seed.tokenizer is not None
     sizes = {**cfg.seed.sizes, "model_type": cfg.seed.architecture, "vocab_size": cfg.seed.tokenizer.vocab_size}
     return Lineage(Shape.of_config(sizes)).trained(cfg.seed.train, ["seed"])
 
 
 def _row(cfg: Config, name: str, kind: str, lineage: Lineage) -> dict[str, Any]:
-    own = {"dense": cfg.dense} | {n: b.train for n, b in cfg.branches.items()} | {n: m.train for n, m in cfg.mixtures.items()}
+    own = (
+        {"dense": cfg.dense}
+        | {n: b.train for n, b in cfg.branches.items()}
+        | {n: m.train for n, m in cfg.mixtures.items()}
+    )
     train = cfg.seed.train if name == "seed" else own.get(name)
     return {
         "name": name,

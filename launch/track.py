@@ -34,7 +34,9 @@ class Tracker:
             nonlocal tracker
             if tracker is not None:
                 try:
-                    tracker.log({key: value for key, value in row.items() if not isinstance(value, list)}, step=row["step"])
+                    tracker.log(
+                        {key: value for key, value in row.items() if not isinstance(value, list)}, step=row["step"]
+                    )
                 except Exception as error:  # a tracker that fails must not take the training with it
                     self.console.print(f"{name}: tracking stopped ({error}); training goes on")
                     tracker = None
@@ -75,7 +77,9 @@ class _Display:
 
     def __init__(self, name: str, console: Console, enabled: bool):
         self.name, self.console, self.enabled = name, console, enabled
-        self.live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal and enabled else None
+        self.live = (
+            Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal and enabled else None
+        )
         self.start = self.printed = time.monotonic()
         self.first: int | None = None
 

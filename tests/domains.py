@@ -25,7 +25,7 @@ def write_tokens(directory: Path, documents: int = 40, rng_seed: int = 0, low: i
 
 
 def two_domains(root: Path) -> dict[str, Path]:
-    """"low" and "high": disjoint halves of the vocabulary."""
+    """ "low" and "high": disjoint halves of the vocabulary."""
     return {
         "low": write_tokens(root / "low", rng_seed=1, high=VOCAB // 2),
         "high": write_tokens(root / "high", rng_seed=2, low=VOCAB // 2),

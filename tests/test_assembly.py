@@ -6,11 +6,11 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests import reference
-from tests.tiny import dense_models, routers_of, tokens
 from transformers import AutoModelForCausalLM
 
 import upcycle
+from tests import reference
+from tests.tiny import dense_models, routers_of, tokens
 from upcycle.assembly import fresh_router, plan_pieces, write_merged, write_mixture
 from upcycle.checkpoint import Checkpoint
 from upcycle.config import AssembleConfig, RouterConfig
@@ -159,7 +159,9 @@ def test_one_call_makes_and_proves_a_mixture(sources, tmp_path):
         upcycle.assemble(seed=sources["seed"], branches=branches, out=tmp_path / "moe")
     with pytest.raises(ValueError, match="method='bamm' is not known; expected one of bam, "):
         upcycle.assemble(seed=sources["seed"], branches=branches, out=tmp_path / "x", method="bamm")
-    with pytest.raises(ValueError, match=r"num_experts_per_tok=5 is not between 1 and the 3 experts \(seed, code, law\)"):
+    with pytest.raises(
+        ValueError, match=r"num_experts_per_tok=5 is not between 1 and the 3 experts \(seed, code, law\)"
+    ):
         upcycle.assemble(seed=sources["seed"], branches=branches, out=tmp_path / "x", router={"top_k": 5})
     assert not (tmp_path / "x").exists()
 
@@ -184,7 +186,9 @@ def test_checkpoints_that_do_not_fit_are_refused(sources, tmp_path):
     with pytest.raises(ValueError, match="a branch is called 'seed'"):
         attempt(sources["code"], name="seed")
     other = changed_copy(sources["code"], tmp_path / "rope", {"rope_parameters": {"rope_theta": 5.0}})
-    with pytest.raises(ValueError, match=r"branch 'code' .* against the seed .*: rope_parameters is \{'rope_theta': 5.0\}"):
+    with pytest.raises(
+        ValueError, match=r"branch 'code' .* against the seed .*: rope_parameters is \{'rope_theta': 5.0\}"
+    ):
         attempt(other)
     embedding = next(name for name in Checkpoint(sources["code"]).names if "embed" in name)
     poisoned = shutil.copytree(sources["code"], tmp_path / "nan")
@@ -203,7 +207,9 @@ def test_unreadable_checkpoints_are_refused(sources, tmp_path):
     pickled.mkdir()
     shutil.copy(sources["seed"] / "config.json", pickled)
     (pickled / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
-    with pytest.raises(ValueError, match=r"expected weights in safetensors, found pytorch_model.bin, which may run code"):
+    with pytest.raises(
+        ValueError, match=r"expected weights in safetensors, found pytorch_model.bin, which may run code"
+    ):
         Checkpoint(pickled)
     torn = shutil.copytree(sources["seed"], tmp_path / "torn")
     shard = sorted(torn.glob("model-*.safetensors"))[0]

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.tiny import dense_config
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from tests.tiny import dense_config
 from upcycle.config import AssembleConfig, RouterConfig
 from upcycle.cost import Shape
 from upcycle.modeling import UpcycledConfig, UpcycledForCausalLM

@@ -197,7 +197,6 @@ def test_labels_are_the_next_valid_tokens():
     assert losses.next_token_labels(ids, valid)[1].tolist() == [6, 7, -100, -100, -100]
 
 
-@pytest.mark.xfail(strict=True, reason="next_token_labels keeps the target of the last padding position")
 def test_padding_predicts_nothing():
     ids, valid = torch.arange(5)[None], torch.tensor([[0, 0, 1, 1, 1]])
     assert losses.next_token_labels(ids, valid).tolist() == [[-100, -100, 3, 4, -100]]

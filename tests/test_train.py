@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 import torch
+
 from tests import reference
 from tests.domains import two_domains
 from tests.tiny import dense_models, mixture_of
-
 from upcycle.batches import Batches
 from upcycle.config import OptimizerConfig, PhaseConfig, ScheduleConfig, TrainConfig
 from upcycle.optim import decays, learning_rate, plan_phases
@@ -145,7 +145,9 @@ def test_accumulation_changes_nothing(data, tmp_path, scope):
     ]
     for other in results[1:]:
         for (name, a), (_, b) in zip(results[0].named_parameters(), other.named_parameters(), strict=True):
-            torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3, msg=name)  # Adam's first steps are signs: noise grows
+            torch.testing.assert_close(
+                a, b, atol=2e-4, rtol=1e-3, msg=name
+            )  # Adam's first steps are signs: noise grows
     losses = [[row["loss"] for row in rows(tmp_path / str(size))] for size in (4, 2, 1)]
     assert losses[1] == pytest.approx(losses[0], abs=1e-4) and losses[2] == pytest.approx(losses[0], abs=1e-4)
 

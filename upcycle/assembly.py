@@ -1,10 +1,10 @@
 """Seed + branches -> one mixture directory, tensor by tensor, every tensor accounted for, then proved.
 
-    source tensor                        target tensor
-    MLP of every expert             ->   stacked                        (BTX, arXiv:2403.07816)
-    attention of every expert       ->   stacked as wide heads          (BAM, arXiv:2408.08274), or merged
-    everything else                 ->   merged
-    nothing                         ->   routers, drawn fresh
+source tensor                        target tensor
+MLP of every expert             ->   stacked                        (BTX, arXiv:2403.07816)
+attention of every expert       ->   stacked as wide heads          (BAM, arXiv:2408.08274), or merged
+everything else                 ->   merged
+nothing                         ->   routers, drawn fresh
 """
 
 from __future__ import annotations
@@ -200,10 +200,14 @@ def check_alike(seed: Checkpoint, branches: dict[str, Checkpoint]) -> None:
         for field in decisive:
             ours, theirs = seed.config.get(field), branch.config.get(field)
             if ours != theirs:
-                raise ValueError(f"{where}: {field} is {theirs!r}, expected the seed's {ours!r}; branches must share it")
+                raise ValueError(
+                    f"{where}: {field} is {theirs!r}, expected the seed's {ours!r}; branches must share it"
+                )
         if seed.names != branch.names:
             odd = sorted(set(seed.names) ^ set(branch.names))
-            raise ValueError(f"{where}: tensors differ: {', '.join(odd[:5])} ({len(odd)} in all) are in only one of them")
+            raise ValueError(
+                f"{where}: tensors differ: {', '.join(odd[:5])} ({len(odd)} in all) are in only one of them"
+            )
         for tensor in seed.names:
             if seed.shape(tensor) != branch.shape(tensor):
                 raise ValueError(
@@ -258,7 +262,9 @@ def _make(
     for name, tensors in sources.items():
         for source, tensor in zip(piece.sources, tensors, strict=True):
             if not torch.isfinite(tensor).all():
-                raise ValueError(f"{experts[name].directory}: {source} holds NaN or infinite values; mend that checkpoint")
+                raise ValueError(
+                    f"{experts[name].directory}: {source} holds NaN or infinite values; mend that checkpoint"
+                )
     if piece.origin == "merged":
         return _merged(piece, [tensors[0] for tensors in sources.values()], choice).to(dtype), row
     assert piece.stack is not None
@@ -274,7 +280,12 @@ def _merged(piece: Piece, tensors: list[Tensor], choice: AssembleConfig) -> Tens
 
 
 def write_merged(
-    seed_dir: Path, branch_dirs: dict[str, Path], out: Path, method: str, include_seed: bool, max_shard_bytes: int = 4_000_000_000
+    seed_dir: Path,
+    branch_dirs: dict[str, Path],
+    out: Path,
+    method: str,
+    include_seed: bool,
+    max_shard_bytes: int = 4_000_000_000,
 ) -> None:
     """Merge dense models of one seed into one, tensor by tensor, with a method of `merge.METHODS`.
 

@@ -11,6 +11,7 @@ This file travels inside checkpoints as remote code: it imports `.families` and 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +84,9 @@ class _SharedFusedForward:
     shared keys and values; everything else here calls the family's own functions.
     """
 
-    def forward(self, hidden_states, attention_mask=None, layer_past=None, position_embeddings=None, **kwargs):
+    def forward(
+        self: Any, hidden_states, attention_mask=None, layer_past=None, position_embeddings: Any = None, **kwargs
+    ):
         shape = (*hidden_states.shape[:-1], -1, self.head_size)
         query = self.query(hidden_states).view(shape).transpose(1, 2)
         key_value = self.key_value(hidden_states).unflatten(-1, (-1, 2, self.head_size)).transpose(1, 2)
@@ -99,7 +102,7 @@ class _SharedFusedForward:
         return self.get_submodule(self.output_name)(heads.flatten(-2).contiguous()), weights
 
 
-def _share_fused(wide: nn.Module, seed, num_experts: int, fused: str, bias: bool) -> nn.Module:
+def _share_fused(wide: Any, seed, num_experts: int, fused: str, bias: bool) -> Any:
     """`wide` with its fused projection replaced by E·H query heads and the seed's H key/value heads."""
     size, heads = head_dim(seed), seed.num_attention_heads
     module = sys.modules[type(wide).__module__]
@@ -126,7 +129,7 @@ def soft_mixture_of_attention(attention: nn.Module, seed, num_experts: int, kv: 
     family, shared = family_of(seed), kv == "shared"
     output = attention.get_submodule(family.output)
     bias = output.bias is not None
-    wide = type(attention)(widened(seed, queries=num_experts, keys=1 if shared else num_experts), layer)
+    wide: Any = type(attention)(widened(seed, queries=num_experts, keys=1 if shared else num_experts), layer)
     kv_heads = key_value_heads(seed) if shared else None
     width = seed.num_attention_heads * head_dim(seed)
     setattr(wide, family.output, GatedOutput(num_experts, width, seed.hidden_size, bias, kv_heads))
@@ -134,7 +137,9 @@ def soft_mixture_of_attention(attention: nn.Module, seed, num_experts: int, kv: 
         if isinstance(linear, nn.Linear) and linear.in_features != seed.hidden_size:
             setattr(wide, name, nn.Linear(seed.hidden_size, linear.out_features, bias=linear.bias is not None))
     if shared and family.fused:
-        wide = _share_fused(wide, seed, num_experts, family.fused, bias=attention.get_submodule(family.fused).bias is not None)
+        wide = _share_fused(
+            wide, seed, num_experts, family.fused, bias=attention.get_submodule(family.fused).bias is not None
+        )
     wide.output_name = family.output
     wide.config = seed  # the live config, so that set_attn_implementation reaches this layer
     wide.router = Router(seed.hidden_size, num_experts, f"attention.{layer}", kind="soft", top_k=num_experts)
@@ -143,7 +148,7 @@ def soft_mixture_of_attention(attention: nn.Module, seed, num_experts: int, kv: 
     return wide
 
 
-def _gate_heads(wide: nn.Module, args: tuple, kwargs: dict) -> None:
+def _gate_heads(wide: Any, args: tuple, kwargs: dict) -> None:
     hidden_BSD = args[0] if args else kwargs["hidden_states"]
     routing = wide.router(hidden_BSD.flatten(0, 1), wide.trace)
     gates_TE = torch.zeros_like(routing.logits).scatter(1, routing.experts, routing.gates)

@@ -61,7 +61,9 @@ class Checkpoint:
         if name not in self._handles:
             path = self.directory / name
             if not path.is_file():
-                raise ValueError(f"{path}: the index names this shard but it is missing; copy the whole directory again")
+                raise ValueError(
+                    f"{path}: the index names this shard but it is missing; copy the whole directory again"
+                )
             try:
                 self._handles[name] = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
@@ -127,7 +129,7 @@ class CheckpointWriter:
 def tensor_sha256(tensor: Tensor) -> str:
     """Hash of a tensor's dtype, shape and bytes."""
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
+    digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

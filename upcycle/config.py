@@ -183,8 +183,10 @@ class RouterConfig:
 
     @model_validator(mode="after")
     def _has_a_gradient(self):
-        constant = self.kind == "top_k" and self.top_k == 1 and (
-            self.gate_order == "topk_softmax" or self.gate_scale == "sum_to_one"
+        constant = (
+            self.kind == "top_k"
+            and self.top_k == 1
+            and (self.gate_order == "topk_softmax" or self.gate_scale == "sum_to_one")
         )
         if constant and self.router_gradient == "required":
             raise ValueError(

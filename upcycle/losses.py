@@ -20,11 +20,11 @@ FULL_LOGITS_BYTES = 256 * 2**20  # below this, one pass over all logits is cheap
 
 
 def next_token_labels(input_ids_BS: Tensor, valid_BS: Tensor | None = None) -> Tensor:
-    """(B, S): the token that follows each position; IGNORED at the last one and wherever the next token is padding."""
+    """(B, S): the token that follows each position; IGNORED at the last one and wherever either of the two is padding."""
     labels = torch.full_like(input_ids_BS, IGNORED)
     labels[:, :-1] = input_ids_BS[:, 1:]
     if valid_BS is not None:
-        labels[:, :-1] = labels[:, :-1].masked_fill(~valid_BS[:, 1:].bool(), IGNORED)
+        labels[:, :-1] = labels[:, :-1].masked_fill(~(valid_BS[:, 1:].bool() & valid_BS[:, :-1].bool()), IGNORED)
     return labels
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.integrations import use_experts_implementation
+from transformers.integrations.moe import use_experts_implementation
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from .attention import GatedOutput, soft_mixture_of_attention
 from .families import family_of, finish_logits
-from .losses import IGNORED, router_losses
-from .routing import Router, RoutingTrace
+from .losses import IGNORED, LOADS, router_losses
+from .routing import GATE_SCALES, ROUTERS, Router, RoutingTrace
 
 
 class UpcycledConfig(PretrainedConfig):
@@ -37,7 +37,7 @@ class UpcycledConfig(PretrainedConfig):
     """
 
     model_type = "upcycled"
-    sub_configs = {"seed": AutoConfig}
+    sub_configs = {"seed": AutoConfig}  # pyright: ignore[reportAssignmentType]
 
     def __init__(
         self,
@@ -76,6 +76,17 @@ class UpcycledConfig(PretrainedConfig):
         self._check()
 
     def _check(self) -> None:
+        choices = {
+            "router": ROUTERS,
+            "gate_scale": GATE_SCALES,
+            "attention": ("merged", "mixture"),
+            "kv": ("expert", "shared"),
+            "balance": ("none", *LOADS),
+            "balance_scope": ("sequence", "micro_batch", "global"),
+        }
+        for name, valid in choices.items():
+            if getattr(self, name) not in valid:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known; expected one of {', '.join(valid)}")
         if len(set(self.experts)) != len(self.experts):
             raise ValueError(f"experts={self.experts} has a name twice; experts need distinct names")
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
@@ -120,7 +131,7 @@ class _CastExperts:
         return value.to(self._dtype) if isinstance(value, nn.Parameter) else value
 
 
-def cast_under_autocast(experts_class: type[nn.Module]) -> type[nn.Module]:
+def cast_under_autocast(experts_class: Any) -> Any:
     """Give the expert kernels weights of autocast's dtype: grouped_mm is not on autocast's list and would run in fp32."""
     inner = experts_class.forward
 
@@ -148,21 +159,25 @@ def _loop_over_experts(experts, hidden_TD: Tensor, experts_TK: Tensor, gates_TK:
 @cast_under_autocast
 @use_experts_implementation
 class GatedExperts(nn.Module):
-    """Stacked gated MLPs. gate_up_proj (E, 2F, D), gate rows first; down_proj (E, D, F)."""
+    """Stacked gated MLPs without biases. gate_up_proj (E, 2F, D), gate rows first; down_proj (E, D, F)."""
 
     def __init__(self, config: UpcycledConfig):
         super().__init__()
         seed = config.seed
-        self.num_experts, self.hidden_dim, self.intermediate_dim = config.num_experts, seed.hidden_size, seed.intermediate_size
+        if getattr(seed, "mlp_bias", False):
+            raise ValueError(
+                f"{seed.model_type}: mlp_bias=True is not supported with gated MLPs; their biases would be lost"
+            )
+        self.num_experts, self.hidden_dim = config.num_experts, seed.hidden_size
+        self.intermediate_dim = seed.intermediate_size
         self.act_fn = ACT2FN[seed.hidden_act]
         self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
 
-    def forward(self, hidden_TD: Tensor, experts_TK: Tensor, gates_TK: Tensor) -> Tensor:
+    def forward(self: Any, hidden_TD: Tensor, experts_TK: Tensor, gates_TK: Tensor) -> Tensor:
         def ffn(expert: int, x: Tensor) -> Tensor:
-            return nn.functional.linear(
-                self._apply_gate(nn.functional.linear(x, self.gate_up_proj[expert])), self.down_proj[expert]
-            )
+            gate_up = nn.functional.linear(x, self.gate_up_proj[expert])
+            return nn.functional.linear(self._apply_gate(gate_up), self.down_proj[expert])
 
         return _loop_over_experts(self, hidden_TD, experts_TK, gates_TK, ffn)
 
@@ -175,7 +190,8 @@ class PlainExperts(nn.Module):
     def __init__(self, config: UpcycledConfig):
         super().__init__()
         seed = config.seed
-        self.num_experts, self.hidden_dim, self.intermediate_dim = config.num_experts, seed.hidden_size, seed.intermediate_size
+        self.num_experts, self.hidden_dim = config.num_experts, seed.hidden_size
+        self.intermediate_dim = seed.intermediate_size
         self.act_fn = ACT2FN[seed.hidden_act]
         self.up_proj = nn.Parameter(torch.empty(self.num_experts, self.intermediate_dim, self.hidden_dim))
         self.up_proj_bias = nn.Parameter(torch.empty(self.num_experts, self.intermediate_dim))
@@ -213,7 +229,7 @@ class RoutedExperts(nn.Module):
         return self.experts(hidden_TD, routing.experts, routing.gates).view(hidden_BSD.shape)
 
 
-@lru_cache(maxsize=None)
+@cache
 def traced(layer_class: type) -> type:
     """The family's decoder layer, handing the trace of this forward to its own sublayers while it runs.
 
@@ -243,7 +259,7 @@ def _init_ours(module: nn.Module, std: float) -> bool:
     return True
 
 
-@lru_cache(maxsize=None)
+@cache
 def initialising(decoder_class: type) -> type:
     """The seed's decoder class that also initialises our sublayers: transformers asks the nearest PreTrainedModel."""
 
@@ -306,6 +322,11 @@ class UpcycledModel(UpcycledPreTrainedModel):
 
     def forward(self, input_ids=None, attention_mask=None, trace: RoutingTrace | None = None, **kwargs):
         trace = RoutingTrace(input_ids, attention_mask) if trace is None else trace
+        if trace.routings:
+            raise ValueError(
+                "trace: got one that a forward has already filled, expected a new RoutingTrace for every forward; "
+                "its recorded decisions would be used again for these tokens"
+            )
         return self.decoder(input_ids=input_ids, attention_mask=attention_mask, trace=trace, **kwargs)
 
 
@@ -313,7 +334,8 @@ class UpcycledModel(UpcycledPreTrainedModel):
 class UpcycledOutput(MoeCausalLMOutputWithPast):
     """`loss` is cross-entropy alone in eval mode, plus the weighted auxiliary losses in training mode.
 
-    aux_losses: each auxiliary loss, unweighted, averaged over layers and valid tokens. router_logits and
+    aux_losses: each auxiliary loss, unweighted, averaged over layers and valid tokens; in `loss` they are divided by
+    the number of targets instead. router_logits and
     attention_router_logits: (T, E) a layer.
     """
 
@@ -355,6 +377,7 @@ class UpcycledForCausalLM(UpcycledPreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,  # named, or generate() would not pass it
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         output_router_logits: bool | None = None,
@@ -364,7 +387,9 @@ class UpcycledForCausalLM(UpcycledPreTrainedModel, GenerationMixin):
     ) -> UpcycledOutput:
         """labels (B, S): as in transformers, not shifted, IGNORED (-100) where there is no target."""
         trace = RoutingTrace(input_ids, attention_mask) if trace is None else trace
-        out = self.model(input_ids=input_ids, attention_mask=attention_mask, trace=trace, **kwargs)
+        out = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, trace=trace, **kwargs
+        )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = finish_logits(self.config.seed, self.lm_head(out.last_hidden_state[:, keep]))
         loss, cross_entropy, aux = None, None, None
@@ -374,14 +399,17 @@ class UpcycledForCausalLM(UpcycledPreTrainedModel, GenerationMixin):
             )
             tokens_BS = out.last_hidden_state[..., 0]
             valid = trace.valid_tokens()
-            count = tokens_BS.numel() if valid is None else valid.sum()
-            aux = {name: value / count for name, value in self.auxiliary_sums(trace, tokens_BS).items()}
+            sums, count = self.auxiliary_sums(trace, tokens_BS), tokens_BS.numel() if valid is None else valid.sum()
+            aux = {name: value / count for name, value in sums.items()}
             loss = cross_entropy
             if self.training:
-                # Under gradient accumulation this micro-batch weighs as much as its share of the step's targets.
-                targets = (labels[:, 1:] != IGNORED).sum()
-                share = 1.0 if num_items_in_batch is None else targets / num_items_in_batch
-                loss = loss + share * sum(self.auxiliary_coefficients[name] * value for name, value in aux.items())
+                # Sums over the step's count of targets, as for the cross-entropy: micro-batches of any size add up.
+                targets = (labels[:, 1:] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+                loss = loss + sum(self.auxiliary_coefficients[name] * value / targets for name, value in sums.items())
+
+        def logits_of(part: str) -> Any:
+            return tuple(routing.logits for routing in trace.of(part)) if output_router_logits else None
+
         return UpcycledOutput(
             loss=loss,
             cross_entropy=cross_entropy,
@@ -390,8 +418,8 @@ class UpcycledForCausalLM(UpcycledPreTrainedModel, GenerationMixin):
             past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
             attentions=out.attentions,
-            router_logits=tuple(r.logits for r in trace.of("ffn")) if output_router_logits else None,
-            attention_router_logits=tuple(r.logits for r in trace.of("attention")) if output_router_logits else None,
+            router_logits=logits_of("ffn"),
+            attention_router_logits=logits_of("attention"),
         )
 
 

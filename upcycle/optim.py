@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from upcycle.config import PhaseConfig, ScheduleConfig, TrainConfig
+from upcycle.config import GroupConfig, PhaseConfig, ScheduleConfig, TrainConfig
 
 GROUPS = ("router", "experts", "attention", "rest")
 ATTENTION_NAMES = re.compile(r"\.(self_attn|attention|attn)\.")
@@ -95,8 +95,9 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
     for name, parameter in model.named_parameters():
         members.setdefault((group_of(name), decays(name, parameter)), []).append(parameter)
     groups = []
+    settings: Mapping[str, GroupConfig] = {**config.optimizer.groups}
     for (group, decay), parameters in sorted(members.items()):
-        own = config.optimizer.groups.get(group)
+        own = settings.get(group)
         weight_decay = config.optimizer.weight_decay
         if own is not None and own.weight_decay is not None:
             weight_decay = own.weight_decay
@@ -135,7 +136,9 @@ def trainable_names(names: Iterable[str], phase: PhaseConfig) -> set[str]:
     for pattern in (*phase.trainable, *phase.frozen):
         if not any(_matches(pattern, name) for name in names):
             near = difflib.get_close_matches(pattern, [*GROUPS, *names], n=3, cutoff=0.3)
-            raise ValueError(f"phases: {pattern!r} matches no parameter of this model; nearest: {', '.join(near) or 'none'}")
+            raise ValueError(
+                f"phases: {pattern!r} matches no parameter of this model; nearest: {', '.join(near) or 'none'}"
+            )
     chosen = {name for name in names if any(_matches(p, name) for p in phase.trainable)}
     chosen -= {name for name in names if any(_matches(p, name) for p in phase.frozen)}
     if not chosen:

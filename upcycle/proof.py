@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,8 @@ def prove(mixture_dir: Path, expert_dirs: dict[str, Path]) -> dict:
     Raises ValueError: a check failed; the mixture must not be used.
     """
     experts = {name: Checkpoint(path) for name, path in expert_dirs.items()}
-    mixture, model = Checkpoint(mixture_dir), UpcycledForCausalLM.from_pretrained(mixture_dir, dtype=torch.float32).eval()
+    mixture = Checkpoint(mixture_dir)
+    model: Any = UpcycledForCausalLM.from_pretrained(mixture_dir, dtype=torch.float32).eval()
     pieces = plan_pieces(model.config, next(iter(experts.values())).names)
     tensors = _check_hashes(mixture, pieces, model.config.experts)
     tokens = torch.randint(0, model.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))

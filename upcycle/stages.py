@@ -47,9 +47,7 @@ def tokenize_documents(
 
 
 @versioned(1)
-def prepare_seed(
-    config: SeedConfig, *, out: Path, run: Run, tokenizer: Path, data: dict[str, Path]
-) -> None:
+def prepare_seed(config: SeedConfig, *, out: Path, run: Run, tokenizer: Path, data: dict[str, Path]) -> None:
     """A seed of `config.architecture` and `config.sizes`, initialised and pretrained here."""
     import torch
     from accelerate.utils import set_seed

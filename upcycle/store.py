@@ -177,7 +177,9 @@ class Store:
         made_by = json.loads((artifact.path / RECORD).read_text())["made_by"]
         if made_by != provenance():
             now = provenance()
-            changes = [f"{name} {made_by.get(name)} (now {now[name]})" for name in now if made_by.get(name) != now[name]]
+            changes = [
+                f"{name} {made_by.get(name)} (now {now[name]})" for name in now if made_by.get(name) != now[name]
+            ]
             self.foreign[artifact.name] = ", ".join(changes)
 
 

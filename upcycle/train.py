@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -27,7 +28,15 @@ from upcycle.families import finish_logits
 from upcycle.losses import cross_entropy_sum, next_token_labels
 from upcycle.machine import matmul_peak_flops
 from upcycle.modeling import UpcycledForCausalLM
-from upcycle.optim import build_optimizer, group_of, learning_rate, phase_at, plan_phases, set_learning_rate, set_trainable
+from upcycle.optim import (
+    build_optimizer,
+    group_of,
+    learning_rate,
+    phase_at,
+    plan_phases,
+    set_learning_rate,
+    set_trainable,
+)
 from upcycle.routing import RoutingTrace
 from upcycle.snapshot import restore_newest, save_snapshot
 from upcycle.store import Run
@@ -66,7 +75,8 @@ class Objective(nn.Module):
         return {"loss": loss} | {name: part.detach() for name, part in parts.items()}
 
     def _head(self, hidden: Tensor) -> Tensor:
-        return finish_logits(self.head_config, self.model.get_output_embeddings()(hidden))
+        head: Any = self.model.get_output_embeddings()
+        return finish_logits(self.head_config, head(hidden))
 
 
 @torch.no_grad()
@@ -81,7 +91,9 @@ def _router_health(trace: RoutingTrace, share: Tensor) -> dict[str, Tensor]:
     health = {"load": torch.stack(loads) * share, "ffn_entropy": torch.stack(entropies) * share}
     if attention := trace.of("attention"):
         gates = [routing.gates for routing in attention]
-        health["attention_entropy"] = torch.stack([-(g * g.clamp_min(1e-20).log()).sum(-1).mean() for g in gates]) * share
+        health["attention_entropy"] = (
+            torch.stack([-(g * g.clamp_min(1e-20).log()).sum(-1).mean() for g in gates]) * share
+        )
     return health
 
 
@@ -131,7 +143,8 @@ class Loop:
             self.accelerator.backward(parts["loss"] * self.world)
             for name, part in parts.items():
                 totals[name] = totals.get(name, torch.zeros_like(part)) + part.detach()
-        totals = {name: self.accelerator.reduce(total, "sum") for name, total in totals.items()}
+        for name in totals:
+            totals[name] = self.accelerator.reduce(totals[name], "sum")  # pyright: ignore[reportArgumentType]
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.optimizer.clip_norm)
         assert norm is not None
         totals["gradient_norm"] = torch.as_tensor(norm)
@@ -195,9 +208,7 @@ def train(
         _run_steps(loop, done, out, run, metrics, train_flops_per_token)
 
 
-def _run_steps(
-    loop: Loop, done: int, out: Path, run: Run, metrics: _MetricsFile, train_flops_per_token: float
-) -> None:
+def _run_steps(loop: Loop, done: int, out: Path, run: Run, metrics: _MetricsFile, train_flops_per_token: float) -> None:
     config, saved_at, last = loop.config, time.monotonic(), time.monotonic()
     peak = matmul_peak_flops(config.precision, loop.accelerator.device.type)
     for step in range(done, config.steps):

@@ -1,0 +1,244 @@
+"""The command as a user types it: plan, run, run again, one stage, mistakes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = [
+    "experiment=tiny",
+    "domains.code.max_bytes=150000",
+    "domains.law.max_bytes=400000",
+    "domains.math.max_bytes=100000",
+    "domains.general.max_bytes=150000",
+    "seed.tokenizer.vocab_size=400",
+    "seed.train.tokens=8192",
+    "branch.tokens=4096",
+    "mix.tokens=4096",
+    "eval.max_tokens=600",
+]
+
+
+def upcycle(*arguments, cwd, check=True, timeout=300):
+    """Run the command in `cwd`; on an unexpected exit status show what it printed."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200", "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.cli", *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    if check:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One small run of the whole walk, from an empty directory."""
+    where = tmp_path_factory.mktemp("run")
+    upcycle(*TINY, cwd=where)
+    return where
+
+
+def weights(where, stage):
+    manifest = json.loads((where / "runs" / "tiny" / "manifest.json").read_text())
+    return load_file(where / "artifacts" / manifest[stage] / "model.safetensors")
+
+
+@pytest.mark.slow
+def test_report_has_every_model_and_domain(finished):
+    report = json.loads((finished / "runs" / "tiny" / "report.json").read_text())
+    kinds = {name: model["kind"] for name, model in report["models"].items()}
+    assert kinds == {
+        "seed": "seed", "code": "branch", "law": "branch", "math": "branch", "soup": "soup", "dense": "dense",
+        "btx": "btx", "btx_top1": "btx", "btx_random": "btx", "bam": "bam", "bam_shared_kv": "bam", "oracle": "oracle",
+    }  # fmt: skip
+    assert report["domains"] == ["code", "law", "math", "general", "cpp", "programs"]
+    for name, model in report["models"].items():
+        assert set(model["perplexity"]) == set(model["bits_per_byte"]) == set(report["domains"]), name
+        assert all(1 < value < 1e4 for value in model["perplexity"].values()), name
+    dense, btx = report["models"]["dense"], report["models"]["btx"]
+    assert abs(dense["train_tokens"] - btx["train_tokens"]) <= 8 * 128  # the same up to one batch
+    assert (finished / "runs" / "tiny" / "report.html").stat().st_size > 50_000
+
+
+@pytest.mark.slow
+def test_second_run_computes_nothing_and_is_quick(finished):
+    before = sorted((path, path.stat().st_mtime_ns) for path in (finished / "artifacts").rglob("*") if path.is_file())
+    start = time.monotonic()
+    done = upcycle(*TINY, cwd=finished)
+    assert time.monotonic() - start < 15
+    assert "made in" not in done.stdout and "report:" in done.stdout
+    after = sorted((path, path.stat().st_mtime_ns) for path in (finished / "artifacts").rglob("*") if path.is_file())
+    assert [item for item in before if ".lock" not in str(item[0])] == [
+        item for item in after if ".lock" not in str(item[0])
+    ]
+
+
+@pytest.mark.slow
+def test_frozen_random_router_stays_as_drawn(finished):
+    before, after = weights(finished, "assemble/btx_random"), weights(finished, "mix/btx_random")
+    learned = weights(finished, "mix/btx")
+    routers = [name for name in before if "router" in name]
+    assert routers and all((before[name] == after[name]).all() for name in routers)
+    assert any((before[name] != learned[name]).any() for name in routers)
+    assert any((before[name] != after[name]).any() for name in before if "experts" in name)
+
+
+@pytest.mark.slow
+def test_sweep_shares_every_artifact_it_can(finished):
+    where = finished
+    before = {path.name for path in (where / "artifacts").iterdir()}
+    upcycle(
+        "-m", *TINY, "mixtures.btx.assemble.router.z_coefficient=0.0,0.001", "stage=mix/btx", cwd=where, check=False
+    )
+    done = upcycle("-m", *TINY, "stage=assemble/btx", "mixtures.btx.assemble.router.z_coefficient=0.0,0.001", cwd=where)
+    new = {path.name for path in (where / "artifacts").iterdir()} - before
+    assert len([name for name in new if name.startswith("assemble-btx-")]) == 1, done.stdout
+    assert all(name.startswith(("assemble-btx-", "mix-btx-")) for name in new)
+
+
+@pytest.mark.slow
+def test_status_and_report_words(finished, tmp_path):
+    done = upcycle("status", cwd=finished)
+    assert "runs/tiny  41 of 41 stages done, finished" in done.stdout
+    shutil.copytree(finished / "runs" / "tiny", tmp_path / "runs" / "tiny")
+    (tmp_path / "README.md").write_text("# X\n<!-- table: tiny -->\nold\n<!-- /table -->\nend\n")
+    done = upcycle("report", "tiny", "--readme", cwd=tmp_path)
+    assert "bam_shared_kv" in done.stdout
+    text = (tmp_path / "README.md").read_text()
+    assert "bam_shared_kv" in text and "old" not in text and text.endswith("end\n")
+    wrong = upcycle("report", "tinny", cwd=tmp_path, check=False)
+    assert wrong.returncode == 2 and "tinny: no run of that name here" in wrong.stderr and "tiny" in wrong.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["seed", "branch/code", "mix/bam"])
+def test_killed_run_goes_on_and_ends_with_the_same_weights(finished, tmp_path, stage):
+    """kill -9 in the middle of a stage's steps; every stage before it is reused from the finished run."""
+    manifest = json.loads((finished / "runs" / "tiny" / "manifest.json").read_text())
+    artifacts = tmp_path / "artifacts"
+    shutil.copytree(finished / "artifacts", artifacts)
+    final = artifacts / manifest[stage]
+    shutil.rmtree(final)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "launch.cli", *TINY, f"stage={stage}", "launch.checkpoint_steps=1"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+    partial = final.with_name(final.name + ".partial")
+    while process.poll() is None and not any(partial.glob("checkpoints/step-0000000[2-9]")):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not final.exists() and partial.is_dir()
+    done = upcycle(*TINY, f"stage={stage}", cwd=tmp_path)
+    assert "going on from step" in done.stdout
+    ours, theirs = load_file(final / "model.safetensors"), weights(finished, stage)
+    assert set(ours) == set(theirs) and all((ours[name] == theirs[name]).all() for name in ours)
+
+
+def test_plan_names_every_stage_and_computes_nothing(tmp_path):
+    start = time.monotonic()
+    done = upcycle("plan=true", cwd=tmp_path)
+    assert time.monotonic() - start < 10  # three seconds on a quiet machine; evals/speed measures it
+    for word in (
+        "documents/code",
+        "tokenizer",
+        "tokens/cpp",
+        "seed",
+        "branch/math",
+        "mix/bam_shared_kv",
+        "dense",
+        "report",
+    ):
+        assert word in done.stdout
+    assert "0 of 41 stages done" in done.stdout and "missing" in done.stdout
+    assert not (tmp_path / "artifacts").exists()
+
+
+def test_plan_does_not_import_torch(tmp_path):
+    code = (
+        "import sys; sys.argv = ['upcycle', 'plan=true', 'experiment=tiny']; from launch.cli import main; main(); "
+        "bad = [m for m in ('torch', 'transformers', 'datasets', 'wandb', 'matplotlib') if m in sys.modules]; assert not bad, bad"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_one_stage_names_its_missing_inputs(tmp_path):
+    done = upcycle("stage=branch/code", cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert "stage 'branch/code' needs seed, tokens/code, tokens/general, which are not finished" in done.stderr
+    done = upcycle("stage=branch/cod", cwd=tmp_path, check=False)
+    assert "stage=branch/cod: no such stage; did you mean branch/code" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["mix.lrr=1"], "mix.lrr: unknown key; did you mean lr?"),
+        (["mixx.lr=1"], "mixx: unknown key; did you mean mix"),
+        (["+mixtures.btx.train.lrr=1"], "mixtures.btx.train.lrr: unknown key; did you mean lr?"),
+        (["mix.lr=fast"], "mixtures.btx.train.lr: Input should be a valid number (got 'fast')"),
+        (["mix.tokens=1.5"], "mixtures.btx.train.tokens: Input should be a valid integer"),
+        (["mixtures.btx.assemble.router.kind=topk"], "mixtures.btx.assemble.router.kind: Input should be 'top_k' or 'soft' (got 'topk')"),
+        (["mixtures.btx.assemble.router.top_k=6"], "mixtures.btx.assemble.router.top_k=6 exceeds the 4 experts (seed, code, law, math)"),
+        (["mixtures.btx.assemble.router.top_k=1"], "mixtures.btx.assemble.router: top_k=1 with gate_order=topk_softmax"),
+        (["+mix.proportions.cod=1.0"], "'cod', expected one of the trained domains (code, law, math, general); did you mean code?"),
+        (["experiment=dmo"], "dmo"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named_at_once(tmp_path, arguments, message):
+    done = upcycle("plan=true", *arguments, cwd=tmp_path, check=False)
+    assert done.returncode != 0 and message in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_shows_words_and_settings(tmp_path):
+    done = upcycle("--help", cwd=tmp_path)
+    assert "upcycle status" in done.stdout and "mixtures:" in done.stdout
+
+
+@pytest.mark.slow
+def test_wheel_runs_elsewhere(tmp_path):
+    """A built wheel, unpacked somewhere else, finds its settings: conf/ is package data."""
+    source = tmp_path / "source"
+    kept = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for name in kept.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, source / name)
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "-w", str(tmp_path / "dist"), str(source)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    shutil.unpack_archive(wheel, tmp_path / "site", "zip")
+    (tmp_path / "elsewhere").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.cli", "plan=true", "experiment=tiny"],
+        cwd=tmp_path / "elsewhere", env=os.environ | {"PYTHONPATH": str(tmp_path / "site")}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and "0 of 41 stages done" in done.stdout, done.stderr
+    probe = "import launch.pipeline, upcycle.api; print(launch.pipeline.CONF, upcycle.api.preset('bam').attention)"
+    where = subprocess.run(
+        [sys.executable, "-c", probe], cwd=tmp_path / "elsewhere", env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert where.stdout.split() == [str(tmp_path / "site" / "conf"), "mixture"]
