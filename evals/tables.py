@@ -112,6 +112,9 @@ def caption(report: Mapping[str, Any]) -> str:
 def format_table(report: Mapping[str, Any]) -> str:
     """The summary for a terminal; each column's lowest perplexity carries a `*`. Long titles stack word on word."""
     header, *rows = table_cells(report, mark="{}*")
+    groups = report["domain_groups"]
+    short = {average_title(report, group): f"{group.replace('_', '-')} avg" for group in groups}
+    header = [short.get(title, title) for title in header]
     stacked = [title.split() for title in header]
     depth = max(map(len, stacked))
     lines = [[words[row - depth + len(words)] if row >= depth - len(words) else "" for words in stacked]
@@ -121,7 +124,10 @@ def format_table(report: Mapping[str, Any]) -> str:
     text = ["  ".join(_align(line, widths)).rstrip() for line in lines]
     text.append("─" * (sum(widths) + 2 * len(widths) - 2))
     text += ["  ".join(_align(line, widths)).rstrip() for line in body]
-    return "\n".join([*text, "", "* lowest of its column (the oracle is no model).", caption(report)])
+    averages = "; ".join(
+        f"{title}: {', '.join(groups[group])}" for group, title in zip(groups, short.values(), strict=True)
+    )
+    return "\n".join([*text, "", f"* lowest of its column (the oracle is no model). {averages}.", caption(report)])
 
 
 def _align(line: Sequence[str], widths: Sequence[int]) -> list[str]:
@@ -130,11 +136,36 @@ def _align(line: Sequence[str], widths: Sequence[int]) -> list[str]:
 
 
 def markdown_table(report: Mapping[str, Any]) -> str:
-    """The summary for the README: the lowest perplexity of each column in bold, a caption line below."""
+    """The summary for the README: the lowest perplexity of each column in bold, a caption, the paired comparisons."""
     header, *rows = table_cells(report, mark="**{}**")
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"{table}\n\n*{caption(report)} Bold: lowest of its column; the oracle is no model.*"
+    text = f"{table}\n\n*{caption(report)} Bold: lowest of its column; the oracle is no model.*"
+    return f"{text}\n\n{_markdown_comparisons(report)}" if report["comparisons"] else text
+
+
+def comparison_rows(report: Mapping[str, Any]) -> list[list[str]]:
+    """Header and rows: each model on trial against each reference, nats per token with 95% interval."""
+    references = list(dict.fromkeys(item["against"] for item in report["comparisons"]))
+    found: dict[str, dict[str, str]] = {}
+    for item in report["comparisons"]:
+        low, high = item["interval"]
+        cell = f"{write_signed(item['nats_difference'])} [{write_signed(low)}, {write_signed(high)}]"
+        found.setdefault(item["model"], {})[item["against"]] = cell
+    header = ["model", *(f"against {name}" for name in references)]
+    return [header, *([model, *(cells.get(name, "") for name in references)] for model, cells in found.items())]
+
+
+def _markdown_comparisons(report: Mapping[str, Any]) -> str:
+    """The paired comparisons for the README."""
+    header, *rows = comparison_rows(report)
+    lines = [header, ["---"] * len(header), *rows]
+    text = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    samples = report["bootstrap"]["samples"]
+    return (
+        f"{text}\n\nNats per token, model minus reference (below 0: the model is better), mean over the trained domains, "
+        f"with the 95% interval of {samples} paired bootstrap samples over test documents of this one run."
+    )
 
 
 def update_readme(report: Mapping[str, Any], readme: Path) -> None:

@@ -121,14 +121,15 @@ def show_report(report: Artifact, out: Path, console: Console) -> None:
     """Copy the report to the run's directory and print its table."""
     import json
 
+    from evals.findings import findings, headline
     from evals.tables import format_table
 
     for name in ("report.json", "report.html"):
         shutil.copyfile(report.path / name, out / name)
     shutil.copytree(report.path / "figures", out / "figures", dirs_exist_ok=True)
-    console.print(
-        format_table(json.loads((out / "report.json").read_text())), highlight=False, markup=False, soft_wrap=True
-    )
+    found = json.loads((out / "report.json").read_text())
+    text = "\n".join([format_table(found), "", headline(found), *findings(found)])
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
     console.print(f"\nreport: {out / 'report.html'}", highlight=False, soft_wrap=True)
 
 
