@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from upcycle.modeling import UpcycledConfig
+from upcycle.configuration import UpcycledConfig
 from upcycle.routing import Routing, RoutingTrace
 
 CONTROL_DRAWS = 20

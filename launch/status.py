@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-import yaml
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from upcycle.store import RECORD
@@ -41,7 +41,7 @@ def print_status(arguments: list[str]) -> int:
         console.print("no runs here; `upcycle experiment=tiny` makes one")
     for run in runs:
         manifest = json.loads((run / "manifest.json").read_text())
-        store = Path(yaml.safe_load((run / "config.yaml").read_text())["artifacts"])
+        store = Path(OmegaConf.load(run / "config.yaml")["artifacts"])
         missing = [stage for stage, artifact in manifest.items() if not (store / artifact / RECORD).is_file()]
         state = "finished" if not missing else f"next: {missing[0]}"
         console.print(f"{run}  {len(manifest) - len(missing)} of {len(manifest)} stages done, {state}", highlight=False)

@@ -7,8 +7,9 @@ from transformers import AutoModelForCausalLM
 
 from tests.tiny import dense_config
 from upcycle.config import AssembleConfig, RouterConfig
+from upcycle.configuration import UpcycledConfig
 from upcycle.cost import Shape
-from upcycle.modeling import UpcycledConfig, UpcycledForCausalLM
+from upcycle.modeling import UpcycledForCausalLM
 
 MIXTURES = [("merged", "expert"), ("mixture", "expert"), ("mixture", "shared")]
 

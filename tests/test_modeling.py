@@ -24,8 +24,9 @@ from transformers import (
 from transformers.integrations import moe
 
 from upcycle import modeling
+from upcycle.configuration import UpcycledConfig
 from upcycle.families import family_of
-from upcycle.modeling import UpcycledConfig, UpcycledForCausalLM, UpcycledModel
+from upcycle.modeling import UpcycledForCausalLM, UpcycledModel
 from upcycle.routing import RoutingTrace
 
 FAMILIES = ("llama", "gpt_neox")

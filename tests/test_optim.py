@@ -9,7 +9,8 @@ from torch import nn
 from tests import reference
 from tests.tiny import dense_config
 from upcycle.config import GroupConfig, OptimizerConfig, PhaseConfig, ScheduleConfig, TrainConfig
-from upcycle.modeling import UpcycledConfig, UpcycledForCausalLM
+from upcycle.configuration import UpcycledConfig
+from upcycle.modeling import UpcycledForCausalLM
 from upcycle.optim import (
     build_optimizer,
     learning_rate,

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTrainedModel
 
 from upcycle.attention import split_fused, stack_heads
+from upcycle.configuration import UpcycledConfig
 from upcycle.families import family_of, key_value_heads
-from upcycle.modeling import UpcycledConfig, UpcycledForCausalLM
+from upcycle.modeling import UpcycledForCausalLM
 
 VOCAB = 61
 NAMES = ("seed", "code", "law", "math")

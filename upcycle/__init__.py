@@ -21,7 +21,7 @@ _HOMES = {
     "RouterConfig": "upcycle.config",
     "TrainConfig": "upcycle.config",
     "RoutingTrace": "upcycle.routing",
-    "UpcycledConfig": "upcycle.modeling",
+    "UpcycledConfig": "upcycle.configuration",
     "UpcycledForCausalLM": "upcycle.modeling",
     "UpcycledModel": "upcycle.modeling",
 }

@@ -23,10 +23,11 @@ from transformers import AutoConfig
 from upcycle.attention import split_fused, stack_heads, unstack_heads
 from upcycle.checkpoint import Checkpoint, CheckpointWriter, copy_tokenizer, tensor_sha256
 from upcycle.config import AssembleConfig
+from upcycle.configuration import UpcycledConfig
 from upcycle.durable import write_json
 from upcycle.families import Family, family_of, key_value_heads
 from upcycle.merge import METHODS
-from upcycle.modeling import UpcycledConfig, UpcycledForCausalLM
+from upcycle.modeling import UpcycledForCausalLM
 
 # Buffers that old checkpoints carry and today's models compute themselves.
 IGNORED_SOURCES = (r"rotary_emb\.inv_freq$", r"\.attention\.(masked_)?bias$")
