@@ -23,7 +23,6 @@ from upcycle.durable import write_json
 from upcycle.store import Artifact, Store
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
-COMPUTES = ("seed", "branch", "mix", "dense", "soup", "assemble", "eval")
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -50,8 +49,8 @@ def run(cfg: Config, out: Path) -> None:
             names = list(experiment.store.stages)
             raise ValueError(f"stage={cfg.stage}: no such stage{nearest(cfg.stage, names)} Stages: {', '.join(names)}")
         stages = [experiment.store.stages[cfg.stage]]
+    write_manifest(cfg, experiment, out)  # first, so that `upcycle status` sees a run in progress
     compute(cfg, experiment.store, stages, console)
-    write_manifest(cfg, experiment, out)
     if experiment.report.finished:
         show_report(experiment.report, out, console)
 
@@ -92,6 +91,8 @@ def _prepare_process(cfg: Config, console: Console) -> None:
     from upcycle.machine import keep_freed_memory
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # OpenMP threads that spin while they wait made a step ten times slower beside another busy process.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import datasets
     import torch
     from transformers.utils import logging

@@ -124,6 +124,19 @@ def test_status_and_report_words(finished, tmp_path):
 
 
 @pytest.mark.slow
+def test_offline_tracking_needs_no_account_and_changes_nothing(finished, tmp_path):
+    manifest = json.loads((finished / "runs" / "tiny" / "manifest.json").read_text())
+    shutil.copytree(finished / "artifacts", tmp_path / "artifacts")
+    final = tmp_path / "artifacts" / manifest["mix/bam"]
+    shutil.rmtree(final)
+    upcycle(*TINY, "stage=mix/bam", "track=wandb", cwd=tmp_path)
+    (record,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    assert record.stat().st_size > 1000
+    ours = load_file(final / "model.safetensors")
+    assert all((ours[name] == value).all() for name, value in weights(finished, "mix/bam").items())
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["seed", "branch/code", "mix/bam"])
 def test_killed_run_goes_on_and_ends_with_the_same_weights(finished, tmp_path, stage):
     """kill -9 in the middle of a stage's steps; every stage before it is reused from the finished run."""

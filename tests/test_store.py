@@ -68,6 +68,22 @@ def test_crash_leaves_nothing_that_looks_finished(tmp_path):
     assert json.loads((stage.partial / "timing.json").read_text())["seconds"] >= 0
 
 
+def test_next_attempt_sees_only_what_it_can_resume_from(tmp_path):
+    store = Store(tmp_path)
+    stage = store.stage("a", write_value, Settings(1))
+    (stage.partial / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (stage.partial / "model-00001-of-00002.safetensors").write_text("half")
+    (stage.partial / "leftover").mkdir()
+    store.make(stage, QUIET)
+    assert sorted(path.name for path in stage.path.iterdir()) == [
+        "calls",
+        "checkpoints",
+        "stage.json",
+        "timing.json",
+        "value",
+    ]
+
+
 def test_partial_state_names_the_newest_step(tmp_path):
     stage = Store(tmp_path).stage("a", crash, Settings(1))
     assert stage.state == "missing"

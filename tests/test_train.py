@@ -168,8 +168,11 @@ def test_gradient_checkpointing_trains_the_same(data, tmp_path):
     assert_bit_equal(plain, saving)
 
 
-def test_training_lowers_the_loss(data, tmp_path):
-    run(mixture(), config(tokens=40 * 64), data, tmp_path / "out")
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("kv", ["expert", "shared"])
+def test_training_lowers_the_loss(data, tmp_path, kind, kv):
+    model = mixture_of(dense_models(kind, 3, dtype=torch.float32), attention="mixture", kv=kv)
+    run(model, config(tokens=40 * 64), data, tmp_path / "out")
     losses = [row["cross_entropy"] for row in rows(tmp_path / "out")]
     assert sum(losses[-5:]) / 5 < sum(losses[:5]) / 5 - 0.5
 

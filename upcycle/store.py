@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +29,7 @@ from filelock import FileLock, Timeout
 from upcycle.durable import sync, write_json
 
 RECORD, TIMING = "stage.json", "timing.json"
+RESUMABLE = ("checkpoints", "metrics.jsonl", TIMING)  # what an interrupted attempt may leave to the next one
 LIBRARIES = ("upcycle", "torch", "transformers", "accelerate", "datasets", "numpy")
 
 
@@ -158,6 +160,9 @@ class Store:
     def _compute(self, artifact: Artifact, run: Run) -> None:
         partial, start = artifact.partial, time.monotonic()
         partial.mkdir(parents=True, exist_ok=True)
+        for path in partial.iterdir():
+            if path.name not in RESUMABLE:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         inputs = {
             name: {k: v.path for k, v in value.items()} if isinstance(value, Mapping) else value.path
             for name, value in artifact.inputs.items()
