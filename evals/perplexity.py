@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 from evals.routing import RoutingCounter
 from upcycle.batches import TokenArray
 from upcycle.config import EvalConfig
-from upcycle.families import finish_logits
 from upcycle.losses import IGNORED, token_nats
 from upcycle.modeling import UpcycledForCausalLM
 from upcycle.routing import RoutingTrace
@@ -90,14 +89,9 @@ def _window_nats(
     upcycled = isinstance(model, UpcycledForCausalLM)
     trace = RoutingTrace(inputs_BS) if upcycled else None
     extra = {"trace": trace} if upcycled else {}
-    head_config = model.config.seed if upcycled else model.config
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         hidden = model.base_model(input_ids=inputs_BS, use_cache=False, **extra).last_hidden_state
-        nats = token_nats(
-            hidden.flatten(0, 1),
-            lambda x: finish_logits(head_config, model.get_output_embeddings()(x)),
-            labels_BS.flatten(),
-        )
+        nats = token_nats(hidden.flatten(0, 1), model.get_output_embeddings(), labels_BS.flatten())
     if counter is not None and trace is not None:
         counter.add(trace, labels_BS != IGNORED)
     return nats.view_as(labels_BS).cpu()
@@ -121,7 +115,9 @@ def evaluate(model: PreTrainedModel, data: dict[str, Path], config: EvalConfig, 
 
     for name, array in arrays.items():
         if counter is not None:
-            counter.start(name)
+            tokens = int(array.offsets[whole_documents(array, config.max_tokens)])
+            starts = np.arange(0, tokens - 1, config.sequence_length)
+            counter.start(name, np.searchsorted(array.offsets, starts, side="right") - 1)
         scored = score_domain(model, array, config, counter, tick)
         summaries[name] = scored.summary()
         documents |= {f"{name}.nats": scored.nats, f"{name}.tokens": scored.tokens, f"{name}.bytes": scored.bytes}

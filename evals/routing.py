@@ -12,7 +12,7 @@ from torch import Tensor
 from upcycle.configuration import UpcycledConfig
 from upcycle.routing import Routing, RoutingTrace
 
-CONTROL_DRAWS = 20
+CONTROL_DRAWS = 100
 
 
 def expert_weights(routing: Routing, part: str) -> Tensor:
@@ -40,10 +40,18 @@ def mutual_information(counts: np.ndarray) -> float:
     return float((joint[positive] * np.log(joint[positive] / outer[positive])).sum())
 
 
-def shuffled_information(windows: np.ndarray, domains: np.ndarray, draws: int, rng_seed: int) -> list[float]:
-    """`mutual_information` with the windows' domain labels shuffled: what chance alone shows. windows (W, E)."""
+def shuffled_information(
+    windows: np.ndarray, domains: np.ndarray, documents: np.ndarray, draws: int, rng_seed: int
+) -> list[float]:
+    """`mutual_information` with the documents' domain labels shuffled: what chance alone shows.
+
+    windows (W, E), domains (W,), documents (W,): whole documents change label together, because windows of one
+    document are alike; shuffling windows would call any router informative.
+    """
     rng = np.random.Generator(np.random.Philox(key=rng_seed))
-    return [_information_of_windows(windows, rng.permutation(domains)) for _ in range(draws)]
+    _, first, document_of_window = np.unique(documents, return_index=True, return_inverse=True)
+    labels = domains[first]
+    return [_information_of_windows(windows, rng.permutation(labels)[document_of_window]) for _ in range(draws)]
 
 
 def _information_of_windows(windows: np.ndarray, domains: np.ndarray) -> float:
@@ -59,10 +67,14 @@ class RoutingCounter:
         self.parts = ["ffn"] + (["attention"] if config.attention == "mixture" else [])
         self.windows: dict[str, dict[str, list[np.ndarray]]] = {part: {} for part in self.parts}
         self.entropy: dict[str, dict[str, list[np.ndarray]]] = {part: {} for part in self.parts}
+        self.documents: list[np.ndarray] = []
         self.domain = ""
 
-    def start(self, domain: str) -> None:
+    def start(self, domain: str, documents_W: np.ndarray) -> None:
+        """From now on windows are of `domain`; documents_W says which document of it each window begins in."""
         self.domain = domain
+        seen = self.documents[-1].max() + 1 if self.documents else 0
+        self.documents.append(documents_W + seen)
         for part in self.parts:
             self.windows[part][domain], self.entropy[part][domain] = [], []
 
@@ -90,10 +102,13 @@ class RoutingCounter:
             entropy[domain] = (sums / tokens).tolist()
         every = np.concatenate(list(windows_WLE.values()))
         labels = np.repeat(np.arange(len(windows_WLE)), [len(counts) for counts in windows_WLE.values()])
+        documents = np.concatenate(self.documents)
         layers = range(every.shape[1])
         return {
             "share": share,
             "entropy": entropy,
             "mutual_information": [_information_of_windows(every[:, layer], labels) for layer in layers],
-            "shuffled": [shuffled_information(every[:, layer], labels, CONTROL_DRAWS, rng_seed) for layer in layers],
+            "shuffled": [
+                shuffled_information(every[:, layer], labels, documents, CONTROL_DRAWS, rng_seed) for layer in layers
+            ],
         }

@@ -31,7 +31,7 @@ def evaluate_model(config: EvalConfig, *, out: Path, run: Run, model: Path, data
 
 @versioned(1)
 def compare_models(
-    config: dict[str, Any], *, out: Path, run: Run, evaluations: dict[str, Path], training: dict[str, Path]
+    config: dict[str, Any], *, out: Path, run: Run, evaluations: dict[str, Path], stages: dict[str, Path]
 ) -> None:
     """report.json and report.html over all models. config: `experiment`, `rows`, `domains`, `settings`, `eval`."""
     from evals.report import build_report, write_report
@@ -43,7 +43,7 @@ def compare_models(
         config["rows"],
         config["domains"],
         evaluations,
-        training,
+        stages,
         baseline=config["baseline"],
         machine=describe(),
         provenance=provenance() | config["settings"],

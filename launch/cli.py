@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import takewhile
 
 USAGE = """\
 upcycle                        run the demo: pretrain a seed, branch, assemble BTX and BAM, train, compare
@@ -23,9 +24,24 @@ def main() -> None:
         sys.argv[1:] = ["--cfg", "job"]
     elif arguments and arguments[0] in WORDS:
         sys.exit(WORDS[arguments[0]](arguments[1:]))
+    elif (unknown := unknown_word(arguments)) is not None:
+        from launch.config import nearest
+
+        words = ["help", *WORDS]
+        guess = f"no such word{nearest(unknown, words)} Words: {', '.join(words)}"
+        print(f"upcycle: {unknown}: {guess}; settings are key=value (upcycle --help shows them)", file=sys.stderr)
+        sys.exit(2)
     from launch.pipeline import main as pipeline
 
     pipeline()
+
+
+def unknown_word(arguments: list[str]) -> str | None:
+    """The first argument that is neither a setting nor an option; what follows an option may be its value."""
+    for argument in takewhile(lambda argument: not argument.startswith("-"), arguments):
+        if "=" not in argument and not argument.startswith(("+", "~")):
+            return argument
+    return None
 
 
 def status(arguments: list[str]) -> int:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import types
 import typing
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from upcycle.config import (
+    ARCHITECTURES,
     STRICT,
     BranchConfig,
     DataConfig,
@@ -21,7 +22,11 @@ from upcycle.config import (
     MixtureConfig,
     SeedConfig,
     TrainConfig,
+    nearest,
 )
+from upcycle.phases import plan_phases
+
+OWN_NAMES = ("seed", "soup", "dense", "oracle")  # what the report calls the models that are neither branch nor mixture
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -64,33 +69,91 @@ class Config:
     track: TrackConfig
 
     @model_validator(mode="after")
-    def _names_agree(self):
-        trained = [name for name, domain in self.domains.items() if domain.trained]
-        runs = {f"branches.{name}.train": branch.train for name, branch in self.branches.items()}
-        runs |= {f"mixtures.{name}.train": mixture.train for name, mixture in self.mixtures.items()}
-        for where, train in ({"seed.train": self.seed.train} | runs).items():
-            for domain in train.proportions if train else ():
-                if domain not in trained:
-                    raise ValueError(
-                        f"{where}.proportions names {domain!r}, expected one of the trained domains "
-                        f"({', '.join(trained)}){nearest(domain, trained)}"
-                    )
-        if "seed" in self.branches:
-            raise ValueError("branches.seed: that name belongs to the seed's own expert; give the branch another")
+    def _fits_together(self):
+        _check_names(self)
+        for where, train in self.runs().items():
+            _check_proportions(self, where, train)
+            plan_phases(train, where)
+        _check_dense(self)
+        _check_checkpoint("seed.path", self.seed.path)
+        for name, branch in self.branches.items():
+            _check_checkpoint(f"branches.{name}.path", branch.path)
         for name, mixture in self.mixtures.items():
-            experts = len(self.branches) + mixture.assemble.include_seed
-            if mixture.assemble.router.kind == "top_k" and mixture.assemble.router.top_k > experts:
-                raise ValueError(
-                    f"mixtures.{name}.assemble.router.top_k={mixture.assemble.router.top_k} exceeds the {experts} experts "
-                    f"({', '.join(['seed'] * mixture.assemble.include_seed + list(self.branches))}); "
-                    "lower top_k or add a branch"
-                )
+            _check_experts(self, name, mixture)
         return self
 
+    def runs(self) -> dict[str, TrainConfig]:
+        """Every training run whose settings are the user's own (the dense continuation's follow from them), by key path."""
+        found = {"seed.train": self.seed.train}
+        found |= {f"branches.{name}.train": branch.train for name, branch in self.branches.items()}
+        found |= {f"mixtures.{name}.train": mixture.train for name, mixture in self.mixtures.items()}
+        return {where: train for where, train in found.items() if train is not None}
 
-def nearest(word: str, valid: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(valid), n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+def _check_names(cfg: Config) -> None:
+    taken = dict.fromkeys(OWN_NAMES, "a model of every report")
+    for where, names in (("branches", cfg.branches), ("mixtures", cfg.mixtures)):
+        for name in names:
+            if name in taken:
+                raise ValueError(
+                    f"{where}.{name}: that name belongs to {taken[name]}, expected names that are all different "
+                    f"(and none of {', '.join(OWN_NAMES)}); rename {where}.{name}"
+                )
+            taken[name] = f"{where}.{name}"
+
+
+def _check_proportions(cfg: Config, where: str, train: TrainConfig) -> None:
+    trained = [name for name, domain in cfg.domains.items() if domain.trained]
+    for domain in train.proportions:
+        if domain not in trained:
+            raise ValueError(
+                f"{where}.proportions names {domain!r}, expected one of the trained domains "
+                f"({', '.join(trained)}){nearest(domain, trained)}"
+            )
+
+
+def _check_dense(cfg: Config) -> None:
+    """The dense continuation's phases must fit the tokens that the recipe will give it."""
+    if cfg.dense is None:
+        return
+    tokens = sum(b.train.steps * b.train.batch_tokens for b in cfg.branches.values() if b.train)
+    tokens += max((m.train.steps * m.train.batch_tokens for m in cfg.mixtures.values()), default=0)
+    if tokens == 0:
+        raise ValueError("dense: no branch or mixture is trained, so there are no tokens to match; set dense=null")
+    plan_phases(replace(cfg.dense, tokens=tokens), "dense")
+
+
+def _check_checkpoint(where: str, path: str | None) -> None:
+    """A checkpoint is a directory with a config.json of a supported family."""
+    if path is None:
+        return
+    config = Path(path) / "config.json"
+    if not config.is_file():
+        raise ValueError(
+            f"{where}={path}: no {config} here, expected a Hugging Face model directory (names on the hub are not "
+            "supported yet); download it first (huggingface-cli download) and give the directory"
+        )
+    try:
+        family = json.loads(config.read_text())["model_type"]
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
+        raise ValueError(
+            f"{where}={path}: {config} names no model_type, expected a Hugging Face config; save the model again"
+        ) from None
+    if family not in ARCHITECTURES:
+        raise ValueError(
+            f"{where}={path}: model_type={family!r} is not supported, expected one of {', '.join(ARCHITECTURES)}; "
+            "choose such a model, or describe its parts in upcycle/families.py"
+        )
+
+
+def _check_experts(cfg: Config, name: str, mixture: MixtureConfig) -> None:
+    experts, router = len(cfg.branches) + mixture.assemble.include_seed, mixture.assemble.router
+    if router.kind == "top_k" and router.top_k > experts:
+        raise ValueError(
+            f"mixtures.{name}.assemble.router.top_k={router.top_k} exceeds the {experts} experts "
+            f"({', '.join(['seed'] * mixture.assemble.include_seed + list(cfg.branches))}); "
+            "lower top_k or add a branch"
+        )
 
 
 def merged(defaults: dict, overrides: dict | None) -> dict:
@@ -111,11 +174,23 @@ def build(raw: dict[str, Any]) -> Config:
     branch, mix = raw.pop("branch", {}), raw.pop("mix", {})
     for key, defaults in (("branches", branch), ("mixtures", mix)):
         found = raw.get(key) or {}
+        for name, item in found.items():
+            if item.get("path") and item.get("train"):
+                raise ValueError(
+                    f"{key}.{name}: got path={item['path']} and train, expected exactly one of them; set {key}.{name}.train=null "
+                    "to take the checkpoint as it is"
+                )
         raw[key] = {
             name: item if item.get("path") else item | {"train": merged(defaults, item.get("train"))}
             for name, item in found.items()
         }
     if raw.get("dense") is not None:
+        for key in ("tokens", "proportions"):
+            if key in raw["dense"]:
+                raise ValueError(
+                    f"dense.{key}={raw['dense'][key]}: the dense continuation gets the tokens of all branches and the longest "
+                    f"mixture, domain by domain, so that the comparison is fair; leave dense.{key} out"
+                )
         shares = {"proportions": mix.get("proportions")}  # a placeholder: the recipe works out the matched ones
         raw["dense"] = merged(branch | shares, raw["dense"])
     try:

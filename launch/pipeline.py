@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from launch.recipes import Experiment, upcycle
 from upcycle.durable import write_json
 from upcycle.store import Artifact, Store
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
+ROOT = Path(__file__).resolve().parent.parent
+CONF = ROOT / "conf"
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -33,7 +35,7 @@ def compose(raw: DictConfig) -> None:
     except (ValueError, FloatingPointError, OSError) as error:
         if os.environ.get("UPCYCLE_TRACEBACK"):
             raise
-        sys.exit(_fail(f"{error}"))
+        sys.exit(_fail(one_line(error)))
 
 
 def run(cfg: Config, out: Path) -> None:
@@ -139,8 +141,19 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through to here
     try:
         compose()
-    except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(_fail(explain_override(str(error))))
+    except (HydraException, OmegaConfBaseException, OSError) as error:
+        if os.environ.get("UPCYCLE_TRACEBACK"):
+            raise
+        sys.exit(_fail(one_line(error) if isinstance(error, OSError) else explain_override(str(error))))
+
+
+def one_line(error: Exception) -> str:
+    """The message of a run's error. One that no `raise` of ours wrote says how to see where it comes from."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = frames and Path(frames[-1].filename).resolve().parent in (ROOT / "upcycle", ROOT / "evals", ROOT / "launch")
+    if ours and (frames[-1].line or "").startswith("raise "):
+        return f"{error}"
+    return f"{type(error).__name__}: {error} (UPCYCLE_TRACEBACK=1 shows where)"
 
 
 def _fail(message: str) -> int:

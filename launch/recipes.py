@@ -27,18 +27,21 @@ from upcycle.store import Artifact, Store
 
 @dataclass
 class Lineage:
-    """What a model is and what it took: known from the settings, before anything runs."""
+    """What a model is and what it took: known from the settings, before anything runs.
+
+    tokens and flops are None for a model that was brought along: nobody here knows what it cost.
+    """
 
     shape: Shape
-    tokens: int = 0
-    flops: float = 0.0
+    tokens: int | None = 0
+    flops: float | None = 0.0
     stages: list[list[str]] = field(default_factory=list)
 
     def trained(self, config: TrainConfig, stages: list[str], shape: Shape | None = None) -> Lineage:
         """This lineage after one more training run of `config.steps` steps."""
         shape, tokens = shape or self.shape, config.steps * config.batch_tokens
         flops = tokens * shape.train_flops_per_token(config.sequence_length)
-        return Lineage(shape, self.tokens + tokens, self.flops + flops, [*self.stages, stages])
+        return Lineage(shape, _sum(self.tokens, tokens), _sum(self.flops, flops), [*self.stages, stages])
 
 
 @dataclass
@@ -63,11 +66,11 @@ def upcycle(cfg: Config, store: Store) -> Experiment:
     for name, branch in cfg.branches.items():
         if branch.train is None:
             branches[name] = _imported(store, f"branch/{name}", str(branch.path))
-            lineages[name] = replace(lineages["seed"], stages=[[f"branch/{name}"]])
+            lineages[name] = Lineage(lineages["seed"].shape, None, None, [[f"branch/{name}"]])
         else:
-            branches[name] = _train(store, f"branch/{name}", branch.train, seed_used, seed, data)
+            branches[name] = _train(store, f"branch/{name}", branch.train, used, seed, data)
             lineages[name] = lineages["seed"].trained(branch.train, [f"branch/{name}"])
-            used = _latest(used, seed_used, _consumed(branch.train))
+            used = _add(used, _consumed(branch.train))  # the next branch's share of a common domain is other text
         models[name], kinds[name] = branches[name], "branch"
     together = _together(cfg, lineages)
 
@@ -88,12 +91,12 @@ def upcycle(cfg: Config, store: Store) -> Experiment:
         models["dense"] = _train(store, "dense", dense, seed_used, seed, data)
         kinds["dense"], lineages["dense"] = "dense", lineages["seed"].trained(dense, ["dense"])
 
+    measured = replace(cfg.eval, bootstrap_samples=0)  # the report's business
     evaluations = {
-        name: store.stage(f"eval/{name}", evaluate_model, cfg.eval, model=model, data=data)
+        name: store.stage(f"eval/{name}", evaluate_model, measured, model=model, data=data)
         for name, model in models.items()
     }
     rows = [_row(cfg, name, kinds[name], lineages[name]) for name in models]
-    training = {s: store.stages[s] for lineage in lineages.values() for group in lineage.stages for s in group}
     settings = {
         "experiment": cfg.name,
         "rows": rows,
@@ -105,7 +108,7 @@ def upcycle(cfg: Config, store: Store) -> Experiment:
         },
         "eval": cfg.eval,
     }
-    report = store.stage("report", compare_models, settings, evaluations=evaluations, training=training)
+    report = store.stage("report", compare_models, settings, evaluations=evaluations, stages=dict(store.stages))
     return Experiment(store, lineages, report)
 
 
@@ -119,10 +122,9 @@ def _data(cfg: Config, store: Store, tokenizer: Artifact | None = None) -> tuple
         assert cfg.seed.tokenizer is not None
         sources = {name: documents[name] for name in cfg.seed.tokenizer.proportions}
         tokenizer = store.stage("tokenizer", train_tokenizer, cfg.seed.tokenizer, documents=sources)
-    settings = {"overlap_ngram": cfg.data.overlap_ngram}
     data = {
         name: store.stage(
-            f"tokens/{name}", tokenize_documents, settings, outside={"num_proc": cfg.domains[name].num_proc},
+            f"tokens/{name}", tokenize_documents, None, outside={"num_proc": cfg.domains[name].num_proc},
             documents=found, tokenizer=tokenizer,
         )
         for name, found in documents.items()
@@ -158,9 +160,8 @@ def _consumed(train: TrainConfig) -> dict[str, int]:
     return consumed_tokens(train.proportions, train.rng_seed, train.sequence_length, sequences)
 
 
-def _latest(used: dict[str, int], start: dict[str, int], more: dict[str, int]) -> dict[str, int]:
-    """How far each domain's stream was read by the branch that read furthest: mixtures go on from there."""
-    return {d: max(used.get(d, 0), start.get(d, 0) + more.get(d, 0)) for d in {*used, *start, *more}}
+def _add(used: dict[str, int], more: dict[str, int]) -> dict[str, int]:
+    return {domain: used.get(domain, 0) + more.get(domain, 0) for domain in {*used, *more}}
 
 
 def _together(cfg: Config, lineages: dict[str, Lineage]) -> Lineage:
@@ -168,10 +169,15 @@ def _together(cfg: Config, lineages: dict[str, Lineage]) -> Lineage:
     seed, branches = lineages["seed"], [lineages[name] for name in cfg.branches]
     return Lineage(
         seed.shape,
-        seed.tokens + sum(branch.tokens - seed.tokens for branch in branches),
-        seed.flops + sum(branch.flops - seed.flops for branch in branches),
+        _sum(seed.tokens, *(_sum(branch.tokens, seed.tokens, sign=-1) for branch in branches)),
+        _sum(seed.flops, *(_sum(branch.flops, seed.flops, sign=-1) for branch in branches)),
         [*seed.stages, [f"branch/{name}" for name in cfg.branches]],
     )
+
+
+def _sum(first: Any, *more: Any, sign: int = 1) -> Any:
+    """first + sign · (the rest); None if any of them is."""
+    return None if first is None or None in more else first + sign * sum(more)
 
 
 def _dense(cfg: Config) -> TrainConfig:
@@ -182,8 +188,7 @@ def _dense(cfg: Config) -> TrainConfig:
         runs.append(max((mixture.train for mixture in cfg.mixtures.values()), key=lambda train: train.tokens))
     tokens: dict[str, int] = {}
     for run in runs:
-        for domain, count in _consumed(run).items():
-            tokens[domain] = tokens.get(domain, 0) + count
+        tokens = _add(tokens, _consumed(run))
     total = sum(tokens.values())
     return replace(cfg.dense, tokens=total, proportions={domain: count / total for domain, count in tokens.items()})
 

@@ -34,17 +34,18 @@ def print_status(arguments: list[str]) -> int:
     console = Console()
     try:
         runs = _runs(arguments)
-    except ValueError as error:
+        if not runs:
+            console.print("no runs here; `upcycle experiment=tiny` makes one")
+        for run in runs:
+            manifest = json.loads((run / "manifest.json").read_text())
+            store = Path(OmegaConf.load(run / "config.yaml")["artifacts"])
+            missing = [stage for stage, artifact in manifest.items() if not (store / artifact / RECORD).is_file()]
+            state = "finished" if not missing else f"next: {missing[0]}"
+            count = f"{len(manifest) - len(missing)} of {len(manifest)} stages done"
+            console.print(f"{run}  {count}, {state}", highlight=False)
+    except (ValueError, OSError) as error:
         print(f"upcycle: {error}", file=sys.stderr)
         return 2
-    if not runs:
-        console.print("no runs here; `upcycle experiment=tiny` makes one")
-    for run in runs:
-        manifest = json.loads((run / "manifest.json").read_text())
-        store = Path(OmegaConf.load(run / "config.yaml")["artifacts"])
-        missing = [stage for stage, artifact in manifest.items() if not (store / artifact / RECORD).is_file()]
-        state = "finished" if not missing else f"next: {missing[0]}"
-        console.print(f"{run}  {len(manifest) - len(missing)} of {len(manifest)} stages done, {state}", highlight=False)
     return 0
 
 
@@ -56,12 +57,12 @@ def print_reports(arguments: list[str]) -> int:
     try:
         for run in _runs([argument for argument in arguments if argument != "--readme"]):
             if not (run / "report.json").is_file():
-                raise ValueError(f"{run}: no report.json yet; run `upcycle experiment={run.name}` to its end first")
+                raise ValueError(f"{run}: no report.json yet; run it to its end first (`upcycle status`)")
             found = json.loads((run / "report.json").read_text())
             console.print(format_table(found), highlight=False, markup=False, soft_wrap=True)
             if readme:
                 update_readme(found, Path("README.md"))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"upcycle: {error}", file=sys.stderr)
         return 2
     return 0

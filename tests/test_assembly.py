@@ -1,16 +1,21 @@
 """Assembly: what each tensor of a mixture came from, proved after writing; what does not fit is refused."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import upcycle
 from tests import reference
 from tests.tiny import dense_models, routers_of, tokens
+from upcycle import merge, routing
 from upcycle.assembly import fresh_router, plan_pieces, write_merged, write_mixture
 from upcycle.checkpoint import Checkpoint
 from upcycle.config import AssembleConfig, RouterConfig
@@ -185,11 +190,15 @@ def test_checkpoints_that_do_not_fit_are_refused(sources, tmp_path):
 
     with pytest.raises(ValueError, match="a branch is called 'seed'"):
         attempt(sources["code"], name="seed")
-    other = changed_copy(sources["code"], tmp_path / "rope", {"rope_parameters": {"rope_theta": 5.0}})
-    with pytest.raises(
-        ValueError, match=r"branch 'code' .* against the seed .*: rope_parameters is \{'rope_theta': 5.0\}"
-    ):
+    ours = AutoConfig.from_pretrained(sources["seed"])
+    rope = {**ours.rope_parameters, "rope_theta": 5.0}
+    other = changed_copy(sources["code"], tmp_path / "rope", {"rope_parameters": rope})
+    with pytest.raises(ValueError, match=r"branch 'code' .*rope.* against the seed .*: rope_parameters is .*5\.0"):
         attempt(other)
+    if ours.model_type == "gpt_neox":
+        other = changed_copy(sources["code"], tmp_path / "sequential", {"use_parallel_residual": False})
+        with pytest.raises(ValueError, match="use_parallel_residual is False, expected the seed's True"):
+            attempt(other)
     embedding = next(name for name in Checkpoint(sources["code"]).names if "embed" in name)
     poisoned = shutil.copytree(sources["code"], tmp_path / "nan")
     shard = poisoned / Checkpoint(poisoned).files[embedding]
@@ -198,6 +207,92 @@ def test_checkpoints_that_do_not_fit_are_refused(sources, tmp_path):
     save_file(tensors, shard, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"nan: .*embed.* holds NaN or infinite values"):
         attempt(poisoned)
+
+
+def test_another_tokenizer_is_refused(sources, tmp_path):
+    seed, code = (shutil.copytree(sources[name], tmp_path / name) for name in ("seed", "code"))
+    (seed / "tokenizer.json").write_text('{"a": 1}')
+    (code / "tokenizer.json").write_text('{"a": 2}')
+    (tmp_path / "moe").mkdir()
+    with pytest.raises(ValueError, match="tokenizer.json differs; experts must read the same tokens"):
+        write_mixture(seed, {"code": code}, tmp_path / "moe", AssembleConfig())
+
+
+def test_checkpoints_of_older_transformers_are_the_same_model(sources, tmp_path):
+    """rope_theta at the top of config.json; buffers saved; the head under its old name: all mean today's."""
+    old = shutil.copytree(sources["seed"], tmp_path / "old")
+    config = json.loads((old / "config.json").read_text())
+    theta = config.pop("rope_parameters")["rope_theta"]
+    config["rotary_emb_base" if "neox" in config["model_type"] else "rope_theta"] = theta
+    if "neox" in config["model_type"]:
+        config["rotary_pct"] = 0.5
+    (old / "config.json").write_text(json.dumps(config))
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(extra, old / "model-extra.safetensors")
+    index = json.loads((old / "model.safetensors.index.json").read_text())
+    index["weight_map"] |= dict.fromkeys(extra, "model-extra.safetensors")
+    (old / "model.safetensors.index.json").write_text(json.dumps(index))
+    assemble(sources | {"seed": old}, tmp_path / "moe")
+    prove(tmp_path / "moe", sources | {"seed": old})
+
+
+LOADS_ELSEWHERE = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "upcycle":
+            raise ImportError(name)
+sys.meta_path.insert(0, Block())
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert type(model).__name__ == "UpcycledForCausalLM" and "upcycle" not in sys.modules
+"""
+LOADS_HERE = """
+import sys
+import upcycle.modeling
+from transformers import AutoModelForCausalLM
+assert type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__ == "UpcycledForCausalLM"
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", [LOADS_ELSEWHERE, LOADS_HERE], ids=["without the package", "with it"])
+def test_an_assembled_mixture_loads_in_another_process(sources, tmp_path, code):
+    branches = {name: path for name, path in sources.items() if name != "seed"}
+    path = upcycle.assemble(seed=sources["seed"], branches=branches, out=tmp_path / "moe", method="bam")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    if code is LOADS_HERE:
+        environment["PYTHONPATH"] = str(Path(upcycle.__file__).parent.parent)
+    command = [sys.executable, "-c", code, str(path)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (lambda gates, n: 0.3 * gates / gates.sum(-1, keepdim=True), "promises gates that sum to 1"),
+        (lambda gates, n: gates / gates.sum(-1, keepdim=True), None),
+    ],
+)
+def test_proof_fails_when_gates_break_their_promise(sources, tmp_path, monkeypatch, fault, message):
+    router = RouterConfig(top_k=1, gate_order="softmax_topk", gate_scale="straight_through")
+    assemble(sources, tmp_path / "moe", router=router)
+    monkeypatch.setitem(routing.GATE_SCALES, "straight_through", fault)
+    if message is None:
+        prove(tmp_path / "moe", sources)
+    else:
+        with pytest.raises(ValueError, match=message):
+            prove(tmp_path / "moe", sources)
+
+
+@pytest.mark.parametrize("wrong", [lambda tensors: sum(tensors), lambda tensors: tensors[-1].float()])
+def test_proof_fails_when_the_rest_is_not_the_average(sources, tmp_path, monkeypatch, wrong):
+    monkeypatch.setitem(merge.METHODS, "average", wrong)
+    assemble(sources, tmp_path / "moe")
+    with pytest.raises(ValueError, match="is not the average of"):
+        prove(tmp_path / "moe", sources)
 
 
 def test_unreadable_checkpoints_are_refused(sources, tmp_path):

@@ -24,14 +24,14 @@ from upcycle.corpora import CORPORA, corpus_fingerprint, plain
 from upcycle.data import (
     EOS,
     collect_domain,
-    fingerprint,
     fit_tokenizer,
     near_duplicate_clusters,
     ngram_overlap,
-    read_documents,
-    split_documents,
+    split_clusters,
     tokenize_domain,
 )
+from upcycle.documents import fingerprint, read_documents
+from upcycle.durable import file_hashes
 
 TEXTS = [f"document {n} says " + " ".join(f"word{n * k % 97}" for k in range(40)) for n in range(120)]
 WORDS = [f"{a}{b}" for a in ("ka", "mo", "ri", "tu", "sel", "bor") for b in ("len", "tis", "var", "dom", "qua")]
@@ -229,6 +229,45 @@ def test_fingerprint_reads_an_unchanged_file_once(tmp_path, monkeypatch):
     assert fingerprint(domain_of(path), cache) == first
 
 
+@pytest.mark.parametrize("damage", [b"", b'{"a": [1, 2', b"\xff\xfe", b"null", b"[]"])
+def test_a_damaged_hash_cache_is_an_empty_one(tmp_path, damage):
+    cache, path = tmp_path / "hashes.json", write_json(tmp_path / "a.jsonl", TEXTS[:3])
+    cache.write_bytes(damage)
+    expected = [hashlib.sha256(path.read_bytes()).hexdigest()]
+    assert file_hashes([path], cache) == expected
+    assert json.loads(cache.read_text())[str(path)][3] == expected[0]
+    cache.write_text(json.dumps({str(path): "not an entry"}))
+    assert file_hashes([path], cache) == expected
+
+
+def test_hashes_are_right_where_no_cache_can_be_kept(tmp_path):
+    path = write_json(tmp_path / "a.jsonl", TEXTS[:3])
+    expected = [hashlib.sha256(path.read_bytes()).hexdigest()]
+    assert file_hashes([path], path / "below a file" / "hashes.json") == expected
+    (tmp_path / "hashes.json").mkdir()
+    assert file_hashes([path], tmp_path / "hashes.json") == expected
+
+
+def test_a_rewritten_file_is_hashed_again_and_the_others_are_remembered(tmp_path, monkeypatch):
+    cache = tmp_path / "hashes.json"
+    first, second = (write_json(tmp_path / name, TEXTS[:3]) for name in ("a.jsonl", "b.jsonl"))
+    before = file_hashes([first, second], cache)
+    write_json(first, TEXTS[:4])
+    read, digest = [], hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda stream, name: read.append(stream.name) or digest(stream, name))
+    assert file_hashes([second, first], cache) == [before[1], hashlib.sha256(first.read_bytes()).hexdigest()]
+    assert read == [str(first)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl", "hashes.json"]
+
+
+def test_file_hashes_import_nothing_heavy():
+    script = (
+        "import sys; from upcycle.durable import file_hashes; file_hashes([])\n"
+        "assert not {'torch', 'datasets', 'numpy'} & set(sys.modules), sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
 # Splits -------------------------------------------------------------------------------------------------------------
 
 
@@ -237,6 +276,12 @@ def near_copies(draw: random.Random) -> list[str]:
     originals = [prose(draw).split() for _ in range(40)]
     changed = [[*words[:30], "changed", *words[31:]] for words in originals]
     return [" ".join(words) for words in originals + changed + originals]
+
+
+def splits_of(texts: list[str], domain: DomainConfig) -> dict[str, list[int]]:
+    """The splits as collect_domain makes them, before they are written."""
+    data = DataConfig()
+    return split_clusters(texts, near_duplicate_clusters(texts, data.near_duplicate_similarity, data.rng_seed), domain)
 
 
 def test_near_duplicates_are_found_and_others_kept_apart():
@@ -250,13 +295,13 @@ def test_near_duplicates_are_found_and_others_kept_apart():
 def test_near_duplicates_share_a_split_whatever_the_order():
     texts = near_copies(random.Random(3))
     domain = DomainConfig(source="json", path="x", test_fraction=0.2, valid_fraction=0.1)
-    splits = split_documents(texts, domain, DataConfig())
+    splits = splits_of(texts, domain)
     assert sorted(n for numbers in splits.values() for n in numbers) == list(range(120))
     home = {texts[n]: split for split, numbers in splits.items() for n in numbers}
     for n in range(40):
         assert home[texts[n]] == home[texts[n + 40]]
     order = random.Random(4).sample(range(120), 120)
-    again = split_documents([texts[n] for n in order], domain, DataConfig())
+    again = splits_of([texts[n] for n in order], domain)
     assert {texts[order[n]]: split for split, numbers in again.items() for n in numbers} == home
 
 
@@ -264,7 +309,7 @@ def test_splits_have_their_share_of_the_bytes():
     draw = random.Random(5)
     texts = [prose(draw, words=draw.randint(10, 90)) for _ in range(400)]
     domain = DomainConfig(source="json", path="x", test_fraction=0.2, valid_fraction=0.1)
-    splits = split_documents(texts, domain, DataConfig())
+    splits = splits_of(texts, domain)
     share = {split: sum(len(texts[n]) for n in numbers) / sum(map(len, texts)) for split, numbers in splits.items()}
     assert share == pytest.approx({"test": 0.2, "valid": 0.1, "train": 0.7}, abs=0.01)
 
@@ -272,10 +317,8 @@ def test_splits_have_their_share_of_the_bytes():
 def test_a_domain_too_small_for_its_splits_is_refused():
     texts = ["the same words again and again in one document"] * 30
     with pytest.raises(ValueError, match=r"too small: 30 documents in 1 clusters.*split valid empty"):
-        split_documents(texts, DomainConfig(source="json", path="x"), DataConfig())
-    kept = split_documents(
-        texts, DomainConfig(source="json", path="x", test_fraction=0, valid_fraction=0), DataConfig()
-    )
+        splits_of(texts, DomainConfig(source="json", path="x"))
+    kept = splits_of(texts, DomainConfig(source="json", path="x", test_fraction=0, valid_fraction=0))
     assert len(kept["train"]) == 30 and not kept["test"]
 
 

@@ -10,7 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from safetensors.torch import load_file
+
+from launch.cli import USAGE, unknown_word
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = [
@@ -98,15 +101,26 @@ def test_frozen_random_router_stays_as_drawn(finished):
 
 @pytest.mark.slow
 def test_sweep_shares_every_artifact_it_can(finished):
-    where = finished
-    before = {path.name for path in (where / "artifacts").iterdir()}
-    upcycle(
-        "-m", *TINY, "mixtures.btx.assemble.router.z_coefficient=0.0,0.001", "stage=mix/btx", cwd=where, check=False
-    )
-    done = upcycle("-m", *TINY, "stage=assemble/btx", "mixtures.btx.assemble.router.z_coefficient=0.0,0.001", cwd=where)
-    new = {path.name for path in (where / "artifacts").iterdir()} - before
-    assert len([name for name in new if name.startswith("assemble-btx-")]) == 1, done.stdout
-    assert all(name.startswith(("assemble-btx-", "mix-btx-")) for name in new)
+    before = {path.name for path in (finished / "artifacts").iterdir() if path.is_dir()}
+    sweep = "mixtures.btx.assemble.router.z_coefficient=0.0,0.001"
+    done = upcycle("-m", *TINY, "stage=assemble/btx", sweep, cwd=finished)
+    (new,) = {path.name for path in (finished / "artifacts").iterdir() if path.is_dir()} - before
+    runs = [finished / "runs" / "tiny" / number for number in ("0", "1")]
+    for run, z_coefficient in zip(runs, (0.0, 0.001), strict=True):
+        router = yaml.safe_load((run / "config.yaml").read_text())["mixtures"]["btx"]["assemble"]["router"]
+        assert router["z_coefficient"] == z_coefficient
+    first, second = (json.loads((run / "manifest.json").read_text()) for run in runs)
+    assert first == json.loads((finished / "runs" / "tiny" / "manifest.json").read_text())
+    changed = {stage for stage in first if first[stage] != second[stage]}
+    assert changed == {"assemble/btx", "mix/btx", "eval/btx", "report"} and second["assemble/btx"] == new
+    assert (finished / "artifacts" / new / "model.safetensors").is_file()
+    assert [line.split()[0] for line in done.stdout.splitlines() if "made in" in line] == ["assemble/btx"]
+
+
+def test_a_sweep_with_many_overrides_finds_names_for_its_runs(tmp_path):
+    many = [f"+branches.a_branch_of_domain_{n}.train.proportions.code=1.0" for n in range(10)]
+    done = upcycle("-m", "plan=true", *TINY, *many, "rng_seed=1,2", cwd=tmp_path)
+    assert done.stdout.count("stages done") == 2
 
 
 @pytest.mark.slow
@@ -161,9 +175,12 @@ def test_killed_run_goes_on_and_ends_with_the_same_weights(finished, tmp_path, s
 
 
 def test_plan_names_every_stage_and_computes_nothing(tmp_path):
-    start = time.monotonic()
-    done = upcycle("plan=true", cwd=tmp_path)
-    assert time.monotonic() - start < 10  # three seconds on a quiet machine; evals/speed measures it
+    seconds = []
+    for _ in range(2):
+        start = time.monotonic()
+        done = upcycle("plan=true", cwd=tmp_path)
+        seconds.append(time.monotonic() - start)
+    assert min(seconds) < 3  # the best of two: other processes may keep the machine busy
     for word in (
         "documents/code",
         "tokenizer",
@@ -215,22 +232,48 @@ def test_one_stage_names_its_missing_inputs(tmp_path):
         (["mixtures.btx.assemble.router.top_k=1"], "mixtures.btx.assemble.router: top_k=1 with gate_order=topk_softmax"),
         (["+mix.proportions.cod=1.0"], "'cod', expected one of the trained domains (code, law, math, general); did you mean code?"),
         (["experiment=dmo"], "dmo"),
+        (["seed.architecture=lama"], "seed: architecture='lama' is not supported, expected one of gpt_neox, llama; did you mean llama?"),
+        (["reprot"], "reprot: no such word; did you mean report? Words: help, status, report"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named_at_once(tmp_path, arguments, message):
     done = upcycle("plan=true", *arguments, cwd=tmp_path, check=False)
     assert done.returncode != 0 and message in done.stderr, done.stderr
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.stderr and "UPCYCLE_TRACEBACK" not in done.stderr
+
+
+def test_a_word_is_looked_up_before_hydra_reads_it(tmp_path):
+    done = upcycle("reprot", cwd=tmp_path, check=False)
+    assert done.returncode == 2 and not list(tmp_path.iterdir())
+    assert done.stderr == (
+        "upcycle: reprot: no such word; did you mean report? Words: help, status, report; "
+        "settings are key=value (upcycle --help shows them)\n"
+    )
+    assert unknown_word(["experiment=tiny", "stat"]) == "stat"
+    for fine in ([], ["a=1", "+b=2", "~c"], ["-m", "a=1,2"], ["a=1", "--config-dir", "here"]):
+        assert unknown_word(fine) is None
+
+
+def test_an_error_of_a_library_says_how_to_see_where(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = upcycle("experiment=tiny", "artifacts=file/artifacts", cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.endswith(" (UPCYCLE_TRACEBACK=1 shows where)\n") and "Error: " in done.stderr, done.stderr
+    (tmp_path / "runs").write_text("")  # where Hydra itself wants a directory
+    done = upcycle("plan=true", cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.endswith(" (UPCYCLE_TRACEBACK=1 shows where)\n"), done.stderr
 
 
 def test_help_shows_words_and_settings(tmp_path):
     done = upcycle("--help", cwd=tmp_path)
-    assert "upcycle status" in done.stdout and "mixtures:" in done.stdout
+    assert done.stdout.startswith(USAGE)
+    assert "Settings, as composed by Hydra" in done.stdout and "\nmixtures:\n" in done.stdout
 
 
 @pytest.mark.slow
 def test_wheel_runs_elsewhere(tmp_path):
-    """A built wheel, unpacked somewhere else, finds its settings: conf/ is package data."""
+    """The `upcycle` command of an installed wheel finds its settings from any directory: conf/ is package data."""
     source = tmp_path / "source"
     kept = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -242,16 +285,17 @@ def test_wheel_runs_elsewhere(tmp_path):
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "-w", str(tmp_path / "dist"), str(source)]
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
-    shutil.unpack_archive(wheel, tmp_path / "site", "zip")
-    (tmp_path / "elsewhere").mkdir()
+    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet", "--target", str(site)]
+    subprocess.run([*install, str(wheel)], check=True, capture_output=True)
+    elsewhere.mkdir()
+    environment = os.environ | {"PYTHONPATH": str(site), "COLUMNS": "200"}
     done = subprocess.run(
-        [sys.executable, "-m", "launch.cli", "plan=true", "experiment=tiny"],
-        cwd=tmp_path / "elsewhere", env=os.environ | {"PYTHONPATH": str(tmp_path / "site")}, capture_output=True, text=True,
-    )  # fmt: skip
+        [site / "bin" / "upcycle", "plan=true"], cwd=elsewhere, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0 and "0 of 41 stages done" in done.stdout, done.stderr
     probe = "import launch.pipeline, upcycle.api; print(launch.pipeline.CONF, upcycle.api.preset('bam').attention)"
     where = subprocess.run(
-        [sys.executable, "-c", probe], cwd=tmp_path / "elsewhere", env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert where.stdout.split() == [str(tmp_path / "site" / "conf"), "mixture"]
+        [sys.executable, "-c", probe], cwd=elsewhere, env=environment, capture_output=True, text=True, check=True
+    )
+    assert where.stdout.split() == [str(site / "conf"), "mixture"]

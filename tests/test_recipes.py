@@ -59,8 +59,9 @@ def test_streams_go_on_where_earlier_stages_stopped():
     more = consumed_tokens(code.proportions, 1, code.sequence_length, code.steps * code.batch_sequences)
     assert stages["branch/code"].config["skip_tokens"] == {name: used[name] for name in ("code", "general")}
     assert stages["dense"].config["skip_tokens"] == used
+    assert stages["branch/math"].config["skip_tokens"]["general"] == used["general"] + 2 * more["general"]
     after = stages["mix/bam"].config["skip_tokens"]
-    assert after["code"] == used["code"] + more["code"] and after["general"] == used["general"] + more["general"]
+    assert after["code"] == used["code"] + more["code"] and after["general"] == used["general"] + 3 * more["general"]
 
 
 def test_a_mixture_costs_the_seed_once_and_every_branch():

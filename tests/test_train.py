@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def run(model, settings, data, out, stop=None, options=QUIET):
         if done == stop:
             raise Killed
 
-    killable = Run(options.say, advance, options.record, options.checkpoint_steps, None, options.keep_checkpoints)
+    killable = replace(options, advance=advance, checkpoint_seconds=None)
     try:
         train(model, settings, data, out, killable, train_flops_per_token=1.0)
     except Killed:

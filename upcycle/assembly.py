@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from upcycle.attention import split_fused, stack_heads, unstack_heads
-from upcycle.checkpoint import Checkpoint, CheckpointWriter, copy_tokenizer, tensor_sha256
+from upcycle.checkpoint import Checkpoint, CheckpointWriter, copy_tokenizer, tensor_sha256, tokenizer_sha256
 from upcycle.config import AssembleConfig
 from upcycle.configuration import UpcycledConfig
 from upcycle.durable import write_json
@@ -29,9 +30,13 @@ from upcycle.families import Family, family_of, key_value_heads
 from upcycle.merge import METHODS
 from upcycle.modeling import UpcycledForCausalLM
 
-# Buffers that old checkpoints carry and today's models compute themselves.
-IGNORED_SOURCES = (r"rotary_emb\.inv_freq$", r"\.attention\.(masked_)?bias$")
-SOURCE_ALIASES = {"embed_out.weight": "lm_head.weight"}  # GPT-NeoX's name for its head before transformers 5
+# What a mixture's directory needs to load where this package is not installed; also see `auto_map` in its config.
+REMOTE_CODE = ("modeling.py", "configuration.py", "attention.py", "families.py", "losses.py", "routing.py")
+# Fields of a config that may differ between a seed and its branches without making them other models.
+FREE_FIELDS = {
+    "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "initializer_range", "pad_token_id",
+    "transformers_version", "use_cache",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,18 +80,17 @@ def plan_pieces(config: UpcycledConfig, source_names: Sequence[str]) -> list[Pie
     Raises ValueError: a source tensor that no rule uses; a target tensor that no piece makes, or two make.
     """
     family = family_of(config.seed)
-    names = [name for name in source_names if not any(re.search(pattern, name) for pattern in IGNORED_SOURCES)]
     pieces: list[Piece] = []
-    rest = set(names)
+    rest = set(source_names)
     for layer in range(config.seed.num_hidden_layers):
         source, target = f"{family.decoder}.layers.{layer}.", f"model.decoder.layers.{layer}."
         pieces += _mlp_pieces(family, source + family.mlp, target + family.mlp, rest)
         if config.attention == "mixture":
             pieces += _attention_pieces(config, source + family.attention, target + family.attention, rest)
     taken = {name for piece in pieces for name in piece.sources}
-    for name in names:
+    for name in source_names:
         if name not in taken:
-            target = re.sub(rf"^{family.decoder}\.", "model.decoder.", SOURCE_ALIASES.get(name, name))
+            target = re.sub(rf"^{family.decoder}\.", "model.decoder.", name)
             pieces.append(Piece(target, "merged", (name,)))
     _check_targets(config, pieces)
     return pieces
@@ -189,21 +193,25 @@ def _check_targets(config: UpcycledConfig, pieces: list[Piece]) -> None:
 
 
 def check_alike(seed: Checkpoint, branches: dict[str, Checkpoint]) -> None:
-    """Branches must have the seed's architecture and the same tensors with the same shapes.
+    """Branches must be the seed's model with other weights: config, tokenizer, tensor names and shapes.
 
     Raises ValueError, naming both directories and both values.
     """
     if "seed" in branches:
         raise ValueError("a branch is called 'seed'; that name belongs to the seed's own expert, rename the branch")
-    decisive = ("model_type", "num_hidden_layers", "num_attention_heads", "vocab_size", "rope_parameters", "hidden_act")
+    ours = AutoConfig.from_pretrained(seed.directory).to_dict()
+    words = tokenizer_sha256(seed.directory)
     for name, branch in branches.items():
         where = f"branch {name!r} ({branch.directory}) against the seed ({seed.directory})"
-        for field in decisive:
-            ours, theirs = seed.config.get(field), branch.config.get(field)
-            if ours != theirs:
+        theirs = AutoConfig.from_pretrained(branch.directory).to_dict()
+        for field in sorted((ours.keys() | theirs.keys()) - FREE_FIELDS):
+            if ours.get(field) != theirs.get(field):
                 raise ValueError(
-                    f"{where}: {field} is {theirs!r}, expected the seed's {ours!r}; branches must share it"
+                    f"{where}: {field} is {theirs.get(field)!r}, expected the seed's {ours.get(field)!r}; "
+                    "branches must share it"
                 )
+        if words and (other := tokenizer_sha256(branch.directory)) and other != words:
+            raise ValueError(f"{where}: tokenizer.json differs; experts must read the same tokens")
         if seed.names != branch.names:
             odd = sorted(set(seed.names) ^ set(branch.names))
             raise ValueError(
@@ -248,6 +256,8 @@ def write_mixture(
     config.dtype = dtype
     config.architectures = ["UpcycledForCausalLM"]
     config.save_pretrained(out)
+    for name in REMOTE_CODE:
+        shutil.copyfile(Path(__file__).parent / name, out / name)
     copy_tokenizer(seed_dir, out)
     write_json(out / "assembly.json", {"experts": list(experts), "merge": choice.merge, "tensors": rows})
     return config

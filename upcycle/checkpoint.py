@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from torch import Tensor
 from upcycle.durable import write_json
 
 INDEX = "model.safetensors.index.json"
+# Buffers that old checkpoints carry and today's models compute themselves, and names that have changed since.
+IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$|\.attention\.(masked_)?bias$")
+TODAYS_NAMES = {"embed_out.weight": "lm_head.weight"}  # GPT-NeoX's head
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -29,7 +33,7 @@ TOKENIZER_FILES = (
 
 
 class Checkpoint:
-    """A directory of safetensors, read one tensor at a time.
+    """A directory of safetensors, read one tensor at a time, under the names that today's transformers uses.
 
     Raises ValueError: no such directory, no safetensors in it (pickles are never opened), a missing or broken shard.
     """
@@ -40,10 +44,12 @@ class Checkpoint:
             raise ValueError(f"{self.directory}: no config.json there; expected a Hugging Face model directory")
         self.config: dict = json.loads((self.directory / "config.json").read_text())
         self._handles: dict[str, safe_open] = {}
-        self.files = self._locate()
+        stored = {name: file for name, file in self._locate().items() if not IGNORED_TENSORS.search(name)}
+        self._stored_names = {TODAYS_NAMES.get(name, name): name for name in stored}
+        self.files = {name: stored[as_stored] for name, as_stored in self._stored_names.items()}
 
     def _locate(self) -> dict[str, str]:
-        """Tensor name -> file name."""
+        """Stored tensor name -> file name."""
         index = self.directory / INDEX
         if index.is_file():
             return dict(json.loads(index.read_text())["weight_map"])
@@ -70,18 +76,15 @@ class Checkpoint:
                 raise ValueError(f"{path}: not a whole safetensors file ({error}); copy it again") from None
         return self._handles[name]
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.files
-
     @property
     def names(self) -> list[str]:
         return sorted(self.files)
 
     def get(self, name: str) -> Tensor:
-        return self._open(self.files[name]).get_tensor(name)
+        return self._open(self.files[name]).get_tensor(self._stored_names[name])
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._open(self.files[name]).get_slice(name).get_shape())
+        return tuple(self._open(self.files[name]).get_slice(self._stored_names[name]).get_shape())
 
     def dtype(self) -> torch.dtype:
         """The dtype of the first tensor, in name order."""
@@ -131,6 +134,12 @@ def tensor_sha256(tensor: Tensor) -> str:
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def tokenizer_sha256(directory: Path) -> str | None:
+    """Hash of tokenizer.json (vocabulary and merges); None where there is none."""
+    path = directory / "tokenizer.json"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:

@@ -6,12 +6,35 @@ Numbers are in the units their names say: `_tokens`, `_bytes`, `_fraction`, `_st
 
 from __future__ import annotations
 
-from typing import Literal
+import difflib
+from collections.abc import Iterable
+from typing import Literal, get_args
 
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 STRICT = ConfigDict(extra="forbid")
+Group = Literal["router", "experts", "attention", "rest"]
+GROUPS: tuple[str, ...] = get_args(Group)
+
+# The keys of upcycle.families.FAMILIES, which needs torch to import; a test holds the two equal.
+ARCHITECTURES = ("gpt_neox", "llama")
+REQUIRED_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+SIZES = (
+    *REQUIRED_SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings", "tie_word_embeddings", "rms_norm_eps",
+    "layer_norm_eps", "rope_theta", "rope_parameters", "attention_bias", "hidden_act", "rotary_pct",
+    "use_parallel_residual", "initializer_range", "attention_dropout", "hidden_dropout",
+)  # fmt: skip
+REFUSED_SIZES = {
+    "mlp_bias": "biases in gated feed-forwards are not supported; leave it out",
+    "vocab_size": "the vocabulary's size is tokenizer.vocab_size; set it there",
+}
+
+
+def nearest(word: str, valid: Iterable[str]) -> str:
+    """The end of a message: what `word` may have been meant to be, and a full stop or question mark."""
+    close = difflib.get_close_matches(word, list(valid), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(close)}?" if close else "."
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -73,7 +96,7 @@ class OptimizerConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     clip_norm: float = 1.0
-    groups: dict[Literal["router", "experts", "attention", "rest"], GroupConfig] = Field(default_factory=dict)
+    groups: dict[Group, GroupConfig] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -81,12 +104,13 @@ class PhaseConfig:
     """A stretch of training: its length, what trains in it, and its peak learning rate.
 
     Exactly one of `steps` and `tokens`, or neither for "the rest" (last phase only). `trainable` and `frozen` are
-    group names or regular expressions over parameter names; `frozen` is applied after `trainable`.
+    group names or regular expressions over parameter names; `frozen` is applied after `trainable`. A pattern of letters
+    and underscores only must be a group. `lr` of None is the run's.
     """
 
     steps: int | None = None
     tokens: int | None = None
-    lr: float | None = None
+    lr: float | None = Field(default=None, gt=0)
     trainable: tuple[str, ...] = (".*",)
     frozen: tuple[str, ...] = ()
 
@@ -126,9 +150,14 @@ class TrainConfig:
             )
         if not self.proportions or min(self.proportions.values()) < 0 or sum(self.proportions.values()) <= 0:
             raise ValueError(f"proportions={self.proportions} must name domains with shares >= 0 that sum above 0")
-        for phase in self.phases[:-1]:
-            if (phase.steps is None) == (phase.tokens is None):
-                raise ValueError("every phase but the last needs exactly one of steps and tokens")
+        if not self.phases:
+            raise ValueError("phases=[] trains nothing; write [{}] for one phase that trains everything")
+        for number, phase in enumerate(self.phases):
+            got = f"phases[{number}] has steps={phase.steps} and tokens={phase.tokens}"
+            if phase.steps is not None and phase.tokens is not None:
+                raise ValueError(f"{got}, expected at most one of them; leave one out")
+            if phase.steps is None and phase.tokens is None and number < len(self.phases) - 1:
+                raise ValueError(f"{got}; every phase but the last needs exactly one of steps and tokens")
         return self
 
 
@@ -138,17 +167,46 @@ class SeedConfig:
 
     path: str | None = None
     architecture: str | None = None
-    sizes: dict[str, int | float | bool | str] = Field(default_factory=dict)
+    sizes: dict[str, int | float | bool | str | dict[str, int | float | bool | str]] = Field(default_factory=dict)
     tokenizer: TokenizerConfig | None = None
     train: TrainConfig | None = None
 
     @model_validator(mode="after")
     def _one_origin(self):
         if (self.path is None) == (self.architecture is None):
-            raise ValueError("give exactly one of path (a checkpoint) and architecture (train one from scratch)")
-        if self.architecture is not None and (self.train is None or self.tokenizer is None):
-            raise ValueError("a seed trained from scratch needs train and tokenizer")
+            raise ValueError(
+                f"got path={self.path} and architecture={self.architecture}, expected exactly one of path (a checkpoint) "
+                "and architecture (train one from scratch); set the other to null"
+            )
+        if self.path is not None and self.train is not None:
+            raise ValueError(
+                f"train has no effect beside path={self.path}: a checkpoint is taken as it is; set seed.train=null, "
+                "or give a branch the training"
+            )
+        if self.architecture is not None:
+            self._check_architecture(self.architecture)
         return self
+
+    def _check_architecture(self, architecture: str) -> None:
+        if self.train is None or self.tokenizer is None:
+            raise ValueError("a seed trained from scratch needs train and tokenizer")
+        if architecture not in ARCHITECTURES:
+            raise ValueError(
+                f"architecture={architecture!r} is not supported, expected one of {', '.join(ARCHITECTURES)}"
+                f"{nearest(architecture, ARCHITECTURES)} A new one is an entry in upcycle/families.py"
+            )
+        for name in self.sizes:
+            if name in REFUSED_SIZES:
+                raise ValueError(f"sizes.{name}: {REFUSED_SIZES[name]}")
+            if name not in SIZES:
+                raise ValueError(f"sizes.{name}: unknown size{nearest(name, SIZES)} Valid here: {', '.join(SIZES)}")
+        missing = [name for name in REQUIRED_SIZES if name not in self.sizes]
+        if missing:
+            raise ValueError(f"sizes lacks {', '.join(missing)}; a seed trained from scratch needs a value for each")
+        for name in REQUIRED_SIZES:
+            size = self.sizes[name]
+            if type(size) is not int or size < 1:
+                raise ValueError(f"sizes.{name}={size!r}, expected a whole number above 0; give one")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -161,7 +219,9 @@ class BranchConfig:
     @model_validator(mode="after")
     def _one_origin(self):
         if (self.path is None) == (self.train is None):
-            raise ValueError("give exactly one of path (a checkpoint) and train")
+            raise ValueError(
+                f"got path={self.path} and {'a' if self.train else 'no'} train, expected exactly one of them"
+            )
         return self
 
 
@@ -182,7 +242,12 @@ class RouterConfig:
     init_std: float = Field(default=0.02, gt=0)
 
     @model_validator(mode="after")
-    def _has_a_gradient(self):
+    def _means_something(self):
+        if self.kind == "soft" and self.top_k != 1:
+            raise ValueError(
+                f"top_k={self.top_k} has no effect with kind=soft, where every expert sees every token; "
+                "write top_k=1, or kind=top_k if few experts are wanted"
+            )
         constant = (
             self.kind == "top_k"
             and self.top_k == 1
@@ -215,6 +280,15 @@ class AssembleConfig:
     prove: bool = True
     rng_seed: int = 1
 
+    @model_validator(mode="after")
+    def _means_something(self):
+        if self.attention == "merged" and self.kv == "shared":
+            raise ValueError(
+                "kv=shared has no effect with attention=merged, which has one attention and so one set of keys and values; "
+                "write kv=expert, or attention=mixture for attention experts that share keys and values"
+            )
+        return self
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class MixtureConfig:
@@ -246,5 +320,4 @@ class DataConfig:
     """What holds for every domain: how alike two documents are before they must share a split, and EOS handling."""
 
     near_duplicate_similarity: float = Field(default=0.7, gt=0, le=1)
-    overlap_ngram: int = 13
     rng_seed: int = 1

@@ -18,12 +18,7 @@ import numpy as np
 
 from upcycle.batches import mixed
 from upcycle.config import DataConfig, DomainConfig, TokenizerConfig
-from upcycle.documents import fingerprint, read_documents
-
-__all__ = [
-    "collect_domain", "fingerprint", "fit_tokenizer", "near_duplicate_clusters", "ngram_overlap", "read_documents",
-    "split_documents", "tokenize_domain",
-]  # fmt: skip
+from upcycle.documents import read_documents
 
 SPLITS = ("train", "valid", "test")
 EOS = "<|endoftext|>"
@@ -85,12 +80,6 @@ def window_hashes(values: np.ndarray, length: int) -> np.ndarray:
 
 def text_hash(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
-
-
-def split_documents(texts: Sequence[str], domain: DomainConfig, data: DataConfig) -> dict[str, list[int]]:
-    """Document numbers of each split; near duplicates are never parted. See `split_clusters`."""
-    clusters = near_duplicate_clusters(texts, data.near_duplicate_similarity, data.rng_seed)
-    return split_clusters(texts, clusters, domain)
 
 
 def split_clusters(texts: Sequence[str], clusters: np.ndarray, domain: DomainConfig) -> dict[str, list[int]]:
@@ -234,31 +223,32 @@ def tokenize_domain(documents: Path, tokenizer: Path, out: Path, num_proc: int |
     dtype = np.uint16 if len(encoder) <= 2**16 else np.uint32
     stats: dict[str, Any] = {"vocab_size": len(encoder), "dtype": np.dtype(dtype).name, "splits": {}}
     for split in SPLITS:
-        stats["splits"][split] = tokenize_split(documents / f"{split}.parquet", encoder, out / split, dtype, num_proc)
+        stats["splits"][split] = tokenize_split(documents / f"{split}.parquet", encoder, out, dtype, num_proc)
     (out / "tokens.json").write_text(json.dumps(stats, indent=2) + "\n")
     return stats
 
 
 def tokenize_split(parquet: Path, encoder: Any, out: Path, dtype: type, num_proc: int | None) -> dict[str, int]:
-    """Write one split's three arrays next to `out`, without ever holding its tokens in memory."""
+    """Write one split's three arrays into `out`, without ever holding its tokens in memory."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
     from datasets import Dataset, Features, List, Value
 
+    split = parquet.stem
     if not pq.read_metadata(parquet).num_rows:  # datasets cannot read an empty file, numpy cannot map an empty array
         for part, array in (("tokens", np.empty(0, dtype)), ("offsets", np.zeros(1, int)), ("bytes", np.zeros(0, int))):
-            np.save(f"{out}.{part}.npy", array)
+            np.save(out / f"{split}.{part}.npy", array)
         return {"documents": 0, "tokens": 0, "bytes": 0}
     columns = Features({"tokens": List(Value("int32")), "bytes": Value("int64")})
-    with tempfile.TemporaryDirectory(dir=out.parent) as cache:  # the stage that called us is the cache
+    with tempfile.TemporaryDirectory(dir=out) as cache:  # inside: a crash leaves it to `out`'s owner
         texts = Dataset.from_parquet(str(parquet), cache_dir=cache)
         encoded: Any = texts.map(
             encode, batched=True, remove_columns="text", fn_kwargs={"tokenizer": encoder}, num_proc=num_proc,
-            features=columns, desc=f"tokenise {parquet.parent.name} {out.name}",
+            features=columns, desc=f"tokenise {parquet.parent.name} {split}",
         ).with_format("arrow")  # fmt: skip
         lengths = [pc.call_function("list_value_length", [batch["tokens"]]).to_numpy() for batch in encoded.iter(1000)]
         offsets = np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64)
-        target = np.lib.format.open_memmap(f"{out}.tokens.npy", "w+", dtype, (int(offsets[-1]),))
+        target = np.lib.format.open_memmap(out / f"{split}.tokens.npy", "w+", dtype, (int(offsets[-1]),))
         written = 0
         for batch in encoded.iter(1000):
             tokens = batch["tokens"].combine_chunks().flatten().to_numpy()
@@ -266,8 +256,8 @@ def tokenize_split(parquet: Path, encoder: Any, out: Path, dtype: type, num_proc
             written += len(tokens)
         target.flush()
         document_bytes = np.array(encoded.with_format("numpy")["bytes"][:], dtype=np.int64)
-    np.save(f"{out}.offsets.npy", offsets)
-    np.save(f"{out}.bytes.npy", document_bytes)
+    np.save(out / f"{split}.offsets.npy", offsets)
+    np.save(out / f"{split}.bytes.npy", document_bytes)
     return {"documents": len(document_bytes), "tokens": int(offsets[-1]), "bytes": int(document_bytes.sum())}
 
 

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from upcycle.config import DomainConfig
 from upcycle.corpora import CORPORA, corpus_fingerprint, within
+from upcycle.durable import file_hashes
 
 SUFFIXES = {
     "json": (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst"),
     "parquet": (".parquet",),
     "text": (".txt", ".txt.gz"),
 }
-HASH_CACHE = Path("~/.cache/upcycle/hashes.json")
 
 
 def read_documents(domain: DomainConfig, rng_seed: int = 1) -> Iterator[str]:
@@ -129,29 +127,5 @@ def fingerprint(domain: DomainConfig, cache: Path | None = None) -> dict[str, An
     if domain.source == "hub" and not Path(domain.path).expanduser().exists():
         return identity | {"path": domain.path, "revision": domain.revision}
     files = local_files(domain)
-    hashes = file_hashes(files, (cache or HASH_CACHE).expanduser())
+    hashes = file_hashes(files, cache)
     return identity | {"files": len(files), "sha256": hashlib.sha256("".join(hashes).encode()).hexdigest()}
-
-
-def file_hashes(files: list[Path], cache: Path) -> list[str]:
-    """SHA-256 of each file; a file whose size, mtime and inode are as remembered in `cache` is not read again."""
-    known: dict[str, list] = json.loads(cache.read_text()) if cache.is_file() else {}
-    hashes = []
-    for file in files:
-        status = file.stat()
-        state = [status.st_size, status.st_mtime_ns, status.st_ino]
-        name = str(file.absolute())
-        if known.get(name, [])[:3] != state:
-            with file.open("rb") as stream:
-                known[name] = [*state, hashlib.file_digest(stream, "sha256").hexdigest()]
-        hashes.append(known[name][3])
-    write_atomically(cache, json.dumps(known))
-    return hashes
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file under another name and rename it: a reader sees the old text or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as stream:
-        stream.write(text)
-    Path(stream.name).replace(path)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+HASH_CACHE = Path("~/.cache/upcycle/hashes.json")
 
 
 def sync(path: Path) -> None:
@@ -21,7 +24,7 @@ def sync(path: Path) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Write, fsync, rename: a reader sees the old file or the whole new one."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two processes may write the same file
     temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
     sync(temporary)
     os.replace(temporary, path)
@@ -40,3 +43,35 @@ def atomic_directory(final: Path) -> Iterator[Path]:
         sync(path)
     os.replace(partial, final)
     sync(final.parent)
+
+
+def file_hashes(files: Sequence[Path], cache: Path | None = None) -> list[str]:
+    """SHA-256 of each file's content. A file whose size, mtime and inode are as remembered is not read again.
+
+    cache: the JSON file that remembers, HASH_CACHE unless given. It only saves time: one that is absent, damaged or
+    cannot be written changes no result.
+    """
+    cache = (cache or HASH_CACHE).expanduser()
+    known, changed, hashes = _remembered(cache), False, []
+    for file in files:
+        status, name = file.stat(), str(file.absolute())
+        state = [status.st_size, status.st_mtime_ns, status.st_ino]
+        entry = known.get(name)
+        if not (isinstance(entry, list) and len(entry) == 4 and entry[:3] == state):
+            with file.open("rb") as stream:
+                entry = known[name] = [*state, hashlib.file_digest(stream, "sha256").hexdigest()]
+            changed = True
+        hashes.append(entry[3])
+    if changed:
+        with suppress(OSError):
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_json(cache, known)
+    return hashes
+
+
+def _remembered(cache: Path) -> dict[str, list]:
+    try:
+        known = json.loads(cache.read_text())
+    except (OSError, ValueError):  # absent, not readable, empty, cut short or not text
+        return {}
+    return known if isinstance(known, dict) else {}

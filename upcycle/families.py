@@ -9,8 +9,6 @@ import copy
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
-
 Role = Literal["query", "key", "value", "fused", "output"]
 
 
@@ -95,14 +93,3 @@ def widened(config, queries: int, keys: int):
         wide.hidden_size = size * config.num_attention_heads * queries
     wide.num_attention_heads = config.num_attention_heads * queries
     return wide
-
-
-def finish_logits(config, logits: Tensor) -> Tensor:
-    """What some families do to the logits after the output head (soft-cap, multiplier)."""
-    if cap := getattr(config, "final_logit_softcapping", None):
-        logits = (logits / cap).tanh() * cap
-    if config.model_type == "granite":
-        logits = logits / config.logits_scaling
-    if config.model_type in ("cohere", "cohere2"):
-        logits = logits * config.logit_scale
-    return logits

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from .attention import GatedOutput, soft_mixture_of_attention
 from .configuration import UpcycledConfig
-from .families import family_of, finish_logits
+from .families import family_of
 from .losses import IGNORED, router_losses
 from .routing import Router, RoutingTrace
 
@@ -258,7 +258,7 @@ class UpcycledForCausalLM(UpcycledPreTrainedModel, GenerationMixin):
     def __init__(self, config: UpcycledConfig):
         super().__init__(config)
         self.model = UpcycledModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.seed.model_type == "phi")
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         embedding = next(n for n, m in self.model.named_modules() if m is self.model.get_input_embeddings())
         self._tied_weights_keys = {"lm_head.weight": f"model.{embedding}.weight"}
         self.post_init()
@@ -299,7 +299,7 @@ class UpcycledForCausalLM(UpcycledPreTrainedModel, GenerationMixin):
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, trace=trace, **kwargs
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = finish_logits(self.config.seed, self.lm_head(out.last_hidden_state[:, keep]))
+        logits = self.lm_head(out.last_hidden_state[:, keep])
         loss, cross_entropy, aux = None, None, None
         if labels is not None:
             cross_entropy = self.loss_function(

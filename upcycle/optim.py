@@ -1,4 +1,4 @@
-"""Learning rates, phases and AdamW's parameter groups: all plain functions of the config and the step."""
+"""Learning rates and AdamW's parameter groups: all plain functions of the config and the step."""
 
 from __future__ import annotations
 
@@ -6,51 +6,15 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from upcycle.config import GroupConfig, PhaseConfig, ScheduleConfig, TrainConfig
+from upcycle.config import GROUPS, GroupConfig, PhaseConfig, ScheduleConfig, TrainConfig
+from upcycle.phases import Phase, phase_at
+from upcycle.phases import plan_phases as plan_phases
 
-GROUPS = ("router", "experts", "attention", "rest")
 ATTENTION_NAMES = re.compile(r"\.(self_attn|attention|attn)\.")
-
-
-@dataclass(frozen=True)
-class Phase:
-    """Steps [start, stop) of a run, with one set of trainable parameters and one peak rate."""
-
-    start: int
-    stop: int
-    lr: float
-    config: PhaseConfig
-
-
-def plan_phases(config: TrainConfig) -> list[Phase]:
-    """The phases laid over the run's steps; the last one takes what is left.
-
-    Raises ValueError: phases longer than the run, or a last phase whose length is not what is left.
-    """
-    phases, start = [], 0
-    for number, phase in enumerate(config.phases):
-        left = config.steps - start
-        length = phase.steps if phase.steps is not None else left
-        if phase.tokens is not None:
-            length = -(-phase.tokens // config.batch_tokens)
-        last = number == len(config.phases) - 1
-        if length < 1 or length > left or (last and length != left):
-            raise ValueError(
-                f"train.phases[{number}] takes {length} steps, but {left} of {config.steps} are left for it; "
-                "leave out steps and tokens in the last phase to give it the rest"
-            )
-        phases.append(Phase(start, start + length, phase.lr or config.lr, phase))
-        start += length
-    return phases
-
-
-def phase_at(phases: list[Phase], step: int) -> Phase:
-    return next(phase for phase in phases if phase.start <= step < phase.stop)
 
 
 def schedule_factor(schedule: ScheduleConfig, step: int, steps: int) -> float:

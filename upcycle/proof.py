@@ -1,10 +1,11 @@
 """Prove an assembled mixture against its sources, after reading it back from disk.
 
-1. Every expert's tensors, cut out of the stacked ones, hash to what was read from that expert's checkpoint.
-2. With all routers forced to expert e, the mixture's logits equal those of a dense model of the seed's own class that
-   has e's experts' tensors inside the merged rest; for every e.
-3. The sum of the gates with the routers as they are: 1 when the mixture of copies of the seed is the seed, less when
-   the gates scale the feed-forward output down (BAM's paper form).
+1. Tensors. Every expert's tensors, cut out of the stacked ones, hash to what was read from that expert's checkpoint;
+   every averaged tensor is the mean of its sources.
+2. One-hot. With all routers forced to expert e, the mixture's logits equal those of a dense model of the seed's own
+   class that has e's tensors inside the merged rest; for every e.
+3. Gates. With the routers as they are, each feed-forward sublayer's output is Σ_e gate_e · MLP_e of the branches' own
+   MLPs, and where the options promise it, every token's gates sum to 1 (then copies of the seed are the seed).
 """
 
 from __future__ import annotations
@@ -14,17 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from upcycle.assembly import SOURCE_ALIASES, Piece, plan_pieces
+from upcycle.assembly import Piece, plan_pieces
 from upcycle.attention import join_fused
 from upcycle.checkpoint import Checkpoint, tensor_sha256
 from upcycle.durable import write_json
-from upcycle.modeling import UpcycledForCausalLM
+from upcycle.families import family_of
+from upcycle.modeling import RoutedExperts, UpcycledForCausalLM
 from upcycle.routing import RoutingTrace
 
-TOLERANCE = 1e-4  # of the largest logit, in fp32; a misplaced tensor is off by 0.1 and more
+TOLERANCE = 1e-4  # of the largest value, in fp32; a misplaced tensor is off by 0.1 and more
+SUMS_TO_ONE = ("topk_softmax", "soft")  # at any gate_scale; softmax_topk only with these:
+SCALES_TO_ONE = ("sum_to_one", "straight_through")
 
 
 def prove(mixture_dir: Path, expert_dirs: dict[str, Path]) -> dict:
@@ -36,22 +40,30 @@ def prove(mixture_dir: Path, expert_dirs: dict[str, Path]) -> dict:
     mixture = Checkpoint(mixture_dir)
     model: Any = UpcycledForCausalLM.from_pretrained(mixture_dir, dtype=torch.float32).eval()
     pieces = plan_pieces(model.config, next(iter(experts.values())).names)
-    tensors = _check_hashes(mixture, pieces, model.config.experts)
+    hashed = _check_hashes(mixture, pieces, model.config.experts)
+    _check_averages(mixture, pieces, list(experts.values()))
     tokens = torch.randint(0, model.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
+    sublayers, gate_sum = _watch_sublayers(model, tokens)
     errors = {}
     for index, (name, checkpoint) in enumerate(experts.items()):
-        reference = _dense_reference(mixture, pieces, model.config, checkpoint)
-        errors[name] = _largest_difference(model, reference, tokens, index)
+        dense = _dense_reference(mixture, pieces, model.config, checkpoint)
+        errors[name] = _largest_difference(model, dense, tokens, index)
         if not errors[name] <= TOLERANCE:
             raise ValueError(
                 f"{mixture_dir}: forced to expert {name!r} the mixture's logits differ from the dense model's by "
                 f"{errors[name]:.2e} of the largest, expected at most {TOLERANCE}; do not use this mixture"
             )
-    trace = RoutingTrace(tokens)
-    with torch.no_grad():
-        model(tokens, trace=trace)
-    gate_sum = torch.stack([routing.gates.sum(-1).mean() for routing in trace.of("ffn")]).mean().item()
-    result = {"expert_tensors_hashed": tensors, "one_hot_errors": errors, "mean_gate_sum": gate_sum}
+        for sublayer in sublayers:
+            sublayer.subtract(dense, index)
+    left = max(sublayer.left() for sublayer in sublayers)
+    if not left <= TOLERANCE:
+        raise ValueError(
+            f"{mixture_dir}: a feed-forward sublayer differs from the gated sum of its experts by {left:.2e} of its largest "
+            f"output, expected at most {TOLERANCE}; do not use this mixture"
+        )
+    result = {
+        "expert_tensors_hashed": hashed, "one_hot_errors": errors, "gated_sum_error": left, "mean_gate_sum": gate_sum,
+    }  # fmt: skip
     write_json(mixture_dir / "proof.json", result)
     return result
 
@@ -73,7 +85,69 @@ def _check_hashes(mixture: Checkpoint, pieces: list[Piece], experts: list[str]) 
     return count
 
 
-def _dense_reference(mixture: Checkpoint, pieces: list[Piece], config, expert: Checkpoint) -> torch.nn.Module:
+def _check_averages(mixture: Checkpoint, pieces: list[Piece], experts: list[Checkpoint]) -> None:
+    """Merged tensors against a plain float64 mean; the tolerance is that of the mixture's dtype."""
+    if json.loads((mixture.directory / "assembly.json").read_text())["merge"] != "average":
+        return
+    for piece in pieces:
+        if piece.origin != "merged":
+            continue
+        ours = mixture.get(piece.target)
+        mean = torch.stack([expert.get(piece.sources[0]).double() for expert in experts]).mean(0)
+        mean = piece.cut(mean) if piece.cut else mean
+        if not torch.allclose(ours.double(), mean, rtol=2 * torch.finfo(ours.dtype).eps, atol=1e-6):
+            raise ValueError(
+                f"{mixture.directory}: {piece.target} is not the average of {piece.sources[0]} over the experts"
+            )
+
+
+class _Sublayer:
+    """Input, output and routing of one layer's experts in one forward; what is left after subtracting gate_e · MLP_e."""
+
+    def __init__(self, layer: int, hidden_TD: Tensor, output_TD: Tensor, gates_TE: Tensor):
+        self.layer, self.hidden_TD, self.gates_TE = layer, hidden_TD, gates_TE
+        self.largest, self.rest_TD = output_TD.abs().max(), output_TD.clone()
+
+    @torch.no_grad()
+    def subtract(self, dense: Any, expert: int) -> None:
+        family = family_of(dense.config)
+        mlp = getattr(dense.base_model.layers[self.layer], family.mlp)
+        self.rest_TD -= self.gates_TE[:, expert, None] * mlp(self.hidden_TD)
+
+    def left(self) -> float:
+        return (self.rest_TD.abs().max() / self.largest).item()
+
+
+@torch.no_grad()
+def _watch_sublayers(model: Any, tokens: Tensor) -> tuple[list[_Sublayer], float]:
+    """One forward with the routers as they are: each layer's experts, and the mean sum of the gates.
+
+    Raises ValueError: the options promise gates that sum to 1, and some don't.
+    """
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
+        seen.append((args[0].flatten(0, 1), output.flatten(0, 1)))
+
+    handles = [module.register_forward_hook(keep) for module in model.modules() if isinstance(module, RoutedExperts)]
+    trace = RoutingTrace(tokens)
+    model(tokens, trace=trace)
+    for handle in handles:
+        handle.remove()
+    sublayers, sums = [], []
+    for layer, (routing, (hidden, output)) in enumerate(zip(trace.of("ffn"), seen, strict=True)):
+        gates_TE = torch.zeros_like(routing.logits).scatter_add(1, routing.experts, routing.gates)
+        sublayers.append(_Sublayer(layer, hidden, output, gates_TE))
+        sums.append(gates_TE.sum(1))
+    config, off = model.config, max((total - 1).abs().max().item() for total in sums)
+    if (config.router in SUMS_TO_ONE or config.gate_scale in SCALES_TO_ONE) and not off <= TOLERANCE:
+        raise ValueError(
+            f"{config.router} with gate_scale={config.gate_scale} promises gates that sum to 1; they are off by {off:.2e}"
+        )
+    return sublayers, torch.stack(sums).mean().item()
+
+
+def _dense_reference(mixture: Checkpoint, pieces: list[Piece], config, expert: Checkpoint) -> nn.Module:
     """A dense model of the seed's class: the expert's own stacked tensors, the mixture's merged ones for the rest."""
     dtype = mixture.dtype()  # what the sources were cast to
     state: dict[str, Tensor] = {}
@@ -87,7 +161,7 @@ def _dense_reference(mixture: Checkpoint, pieces: list[Piece], config, expert: C
         elif piece.origin == "merged" and piece.cut is not None:
             halves.setdefault(piece.sources[0], {})["key_value"] = mixture.get(piece.target)
         elif piece.origin == "merged":
-            state[SOURCE_ALIASES.get(piece.sources[0], piece.sources[0])] = mixture.get(piece.target)
+            state[piece.sources[0]] = mixture.get(piece.target)
     for source, half in halves.items():
         state[source] = join_fused(half["query"], half["key_value"], config.seed.num_attention_heads)
     dense = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(expert.directory), dtype=torch.float32)
@@ -98,7 +172,7 @@ def _dense_reference(mixture: Checkpoint, pieces: list[Piece], config, expert: C
 
 
 @torch.no_grad()
-def _largest_difference(model: UpcycledForCausalLM, dense: torch.nn.Module, tokens: Tensor, expert: int) -> float:
+def _largest_difference(model: UpcycledForCausalLM, dense: nn.Module, tokens: Tensor, expert: int) -> float:
     ours = model(tokens, trace=RoutingTrace(tokens, forced=expert)).logits
     theirs = dense(tokens).logits
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()

@@ -32,15 +32,21 @@ def save_snapshot(root: Path, step: int, model: nn.Module, optimizer: torch.opti
     }
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     final = root / f"{PREFIX}{step:08d}"
-    if final.exists():
-        return
     with atomic_directory(final) as out:
         save_file(weights, out / "model.safetensors")
         save_file(moments, out / "optimizer.safetensors")
         save_file({"cpu": torch.get_rng_state()}, out / "rng.safetensors")
         write_json(out / "state.json", {"step": step, "sha256": _hashes(out)})
     for old in snapshots(root)[:-keep]:
-        shutil.rmtree(old)
+        _drop(old)
+
+
+def _drop(path: Path) -> None:
+    """Renamed first, so that a crash in the middle never leaves half a snapshot under a whole one's name."""
+    dropped = path.with_name(path.name + ".partial")
+    shutil.rmtree(dropped, ignore_errors=True)
+    path.rename(dropped)
+    shutil.rmtree(dropped)
 
 
 def _hashes(directory: Path) -> dict[str, str]:
@@ -58,12 +64,16 @@ def snapshots(root: Path) -> list[Path]:
 def restore_newest(root: Path, model: nn.Module, optimizer: torch.optim.Optimizer, run: Run) -> int:
     """Load the newest snapshot whose files hash to what was written; returns its step, 0 if there is none."""
     for path in reversed(snapshots(root)):
-        state = json.loads((path / "state.json").read_text())
-        if state["sha256"] != _hashes(path):
-            run.say(f"{path}: damaged (its hash does not match); going back to the snapshot before it")
-            continue
-        _load(path, model, optimizer)
-        return state["step"]
+        try:
+            state = json.loads((path / "state.json").read_text())
+            whole = state["sha256"] == _hashes(path)
+        except (OSError, ValueError):
+            whole = False
+        if whole:
+            _load(path, model, optimizer)
+            return state["step"]
+        run.say(f"{path.name}: damaged (its hash does not match); dropped, going back to the snapshot before it")
+        _drop(path)
     return 0
 
 

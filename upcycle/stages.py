@@ -12,6 +12,8 @@ from upcycle.config import AssembleConfig, SeedConfig, TokenizerConfig
 from upcycle.durable import write_json
 from upcycle.store import Run, versioned
 
+OVERLAP_NGRAM = 13  # tokens; long enough that a match is copied text, as in GPT-3's report (arXiv:2005.14165)
+
 
 @versioned(1)
 def collect_documents(config: dict[str, Any], *, out: Path, run: Run, num_proc: int | None = None) -> None:
@@ -35,15 +37,15 @@ def train_tokenizer(config: TokenizerConfig, *, out: Path, run: Run, documents: 
 
 @versioned(1)
 def tokenize_documents(
-    config: dict[str, Any], *, out: Path, run: Run, documents: Path, tokenizer: Path, num_proc: int | None = None
+    config: None, *, out: Path, run: Run, documents: Path, tokenizer: Path, num_proc: int | None = None
 ) -> None:
     """Token arrays of every split, and how much of the test split's n-grams the training split has too."""
     from upcycle.data import ngram_overlap, tokenize_domain
 
     tokenize_domain(documents, tokenizer, out, num_proc)
-    overlap = ngram_overlap(out, out, config["overlap_ngram"])
-    write_json(out / "overlap.json", {"ngram": config["overlap_ngram"], "test_in_train": overlap})
-    run.say(f"{config['overlap_ngram']}-gram overlap of test with train: {overlap:.2%}")
+    overlap = ngram_overlap(out, out, OVERLAP_NGRAM)
+    write_json(out / "overlap.json", {"ngram": OVERLAP_NGRAM, "test_in_train": overlap})
+    run.say(f"{OVERLAP_NGRAM}-gram overlap of test with train: {overlap:.2%}")
 
 
 @versioned(1)
@@ -83,8 +85,6 @@ def train_model(config: dict[str, Any], *, out: Path, run: Run, model: Path, dat
 
 
 def _train_and_save(model, train_config, skip_tokens, data, tokenizer: Path, out: Path, run: Run) -> None:
-    import shutil
-
     from upcycle.checkpoint import copy_tokenizer
     from upcycle.cost import Shape
     from upcycle.train import train
@@ -93,7 +93,6 @@ def _train_and_save(model, train_config, skip_tokens, data, tokenizer: Path, out
     train(model, train_config, data, out, run, flops, skip_tokens)
     model.save_pretrained(out)
     copy_tokenizer(tokenizer, out)
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
 
 @versioned(1)

@@ -18,13 +18,13 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from upcycle.durable import sync, write_json
 
@@ -41,7 +41,7 @@ def _ignore(*_args: object, **_kwargs: object) -> None:
 class Run:
     """What a stage may use of the outside. Nothing here changes a result, so nothing here is part of a key.
 
-    say: print a line. advance: report progress, `advance(done, total, **figures)`. record: keep a row of metrics.
+    say: print a line. advance: report progress, `advance(done, total, **figures)`. record: keep a row of metrics. saved: call it after a snapshot.
     checkpoint_steps, checkpoint_seconds: save at least this often (None: never for that reason).
     """
 
@@ -51,6 +51,7 @@ class Run:
     checkpoint_steps: int | None = None
     checkpoint_seconds: float | None = 60.0
     keep_checkpoints: int = 1
+    saved: Callable[[], None] = _ignore
 
 
 @dataclass(frozen=True)
@@ -145,20 +146,21 @@ class Store:
             self._compute(artifact, run)
         return True
 
-    def _lock(self, artifact: Artifact, run: Run) -> FileLock:
+    def _lock(self, artifact: Artifact, run: Run) -> AcquireReturnProxy:
         """Two processes that want the same artifact wait instead of racing; the lock of a dead process is free."""
         locks = self.root / ".locks"
         locks.mkdir(parents=True, exist_ok=True)
         lock = FileLock(locks / f"{artifact.path.name}.lock")
         try:
-            lock.acquire(timeout=1)
+            return lock.acquire(timeout=1)
         except Timeout:
             run.say(f"{artifact.name}: another process is making it; waiting")
-            lock.acquire()
-        return lock
+            return lock.acquire()
 
     def _compute(self, artifact: Artifact, run: Run) -> None:
-        partial, start = artifact.partial, time.monotonic()
+        partial = artifact.partial
+        if (partial / RECORD).is_file():  # whole: the attempt before this one lacked the renaming only
+            return self._finish(artifact)
         partial.mkdir(parents=True, exist_ok=True)
         for path in partial.iterdir():
             if path.name not in RESUMABLE:
@@ -167,16 +169,22 @@ class Store:
             name: {k: v.path for k, v in value.items()} if isinstance(value, Mapping) else value.path
             for name, value in artifact.inputs.items()
         }
+        clock = _Clock(partial / TIMING)
         try:
-            artifact.function(artifact.config, out=partial, run=run, **artifact.outside, **inputs)
-        finally:  # an interrupted attempt's time counts too
-            earlier = json.loads((partial / TIMING).read_text())["seconds"] if (partial / TIMING).is_file() else 0.0
-            write_json(partial / TIMING, {"seconds": earlier + time.monotonic() - start})
+            artifact.function(
+                artifact.config, out=partial, run=replace(run, saved=clock.save), **artifact.outside, **inputs
+            )
+        finally:
+            clock.save()
         for path in partial.rglob("*"):
             sync(path)
         write_json(partial / RECORD, _record(artifact))
-        os.replace(partial, artifact.path)
+        self._finish(artifact)
+
+    def _finish(self, artifact: Artifact) -> None:
+        os.replace(artifact.partial, artifact.path)
         sync(self.root)
+        shutil.rmtree(artifact.path / "checkpoints", ignore_errors=True)  # not before: a crash must not need them again
 
     def _note_foreign(self, artifact: Artifact) -> None:
         made_by = json.loads((artifact.path / RECORD).read_text())["made_by"]
@@ -186,6 +194,17 @@ class Store:
                 f"{name} {made_by.get(name)} (now {now[name]})" for name in now if made_by.get(name) != now[name]
             ]
             self.foreign[artifact.name] = ", ".join(changes)
+
+
+class _Clock:
+    """Seconds a stage took over all its attempts; saved with every snapshot, so that a killed attempt counts too."""
+
+    def __init__(self, path: Path):
+        self.path, self.start = path, time.monotonic()
+        self.earlier = json.loads(path.read_text())["seconds"] if path.is_file() else 0.0
+
+    def save(self) -> None:
+        write_json(self.path, {"seconds": self.earlier + time.monotonic() - self.start})
 
 
 def versioned(number: int) -> Callable[[Callable[..., None]], Callable[..., None]]:

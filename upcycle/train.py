@@ -24,7 +24,6 @@ from transformers import PreTrainedModel
 
 from upcycle.batches import Batches
 from upcycle.config import TrainConfig
-from upcycle.families import finish_logits
 from upcycle.losses import cross_entropy_sum, next_token_labels
 from upcycle.machine import matmul_peak_flops
 from upcycle.modeling import UpcycledForCausalLM
@@ -52,7 +51,6 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.precision = model, precision
         self.mixture = model if isinstance(model, UpcycledForCausalLM) else None
-        self.head_config = self.mixture.config.seed if self.mixture else model.config
 
     def forward(self, input_ids_BS: Tensor, targets: Tensor, tokens: Tensor) -> dict[str, Tensor]:
         """`loss`, and detached: the sums it is made of and, for mixtures, router health.
@@ -64,7 +62,8 @@ class Objective(nn.Module):
             extra = {"trace": trace} if trace else {}
             hidden = self.model.base_model(input_ids=input_ids_BS, use_cache=False, **extra).last_hidden_state
             labels = next_token_labels(input_ids_BS)
-            nats, _ = cross_entropy_sum(hidden.flatten(0, 1), self._head, labels.flatten(), self.head_config.vocab_size)
+            head: Any = self.model.get_output_embeddings()
+            nats, _ = cross_entropy_sum(hidden.flatten(0, 1), head, labels.flatten(), self.model.config.vocab_size)
         parts = {"cross_entropy": nats / targets}
         loss = parts["cross_entropy"]
         if self.mixture and trace:
@@ -73,10 +72,6 @@ class Objective(nn.Module):
                 loss = loss + self.mixture.auxiliary_coefficients[name] * parts[name]
             parts |= _router_health(trace, share=input_ids_BS.numel() / tokens)
         return {"loss": loss} | {name: part.detach() for name, part in parts.items()}
-
-    def _head(self, hidden: Tensor) -> Tensor:
-        head: Any = self.model.get_output_embeddings()
-        return finish_logits(self.head_config, head(hidden))
 
 
 @torch.no_grad()
@@ -225,6 +220,7 @@ def _run_steps(loop: Loop, done: int, out: Path, run: Run, metrics: _MetricsFile
         if (by_steps or by_time) and step + 1 < config.steps and loop.accelerator.is_main_process:
             metrics.sync()
             save_snapshot(out / "checkpoints", step + 1, loop.model, loop.optimizer, run.keep_checkpoints)
+            run.saved()
             saved_at = time.monotonic()
 
 
@@ -251,7 +247,9 @@ class _MetricsFile:
         if path.is_file():
             lines = path.read_text().splitlines()
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= done]
-        path.write_text("".join(line + "\n" for line in kept))
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        os.replace(temporary, path)
         self._path = path
 
     def __enter__(self):
