@@ -169,20 +169,24 @@ def _markdown_comparisons(report: Mapping[str, Any]) -> str:
 
 
 def update_readme(report: Mapping[str, Any], readme: Path) -> None:
-    """Replace what stands between `<!-- table: EXPERIMENT -->` and `<!-- /table -->` by the report's Markdown table.
+    """Replace what stands between `<!-- table: EXPERIMENT -->` and `<!-- /table -->` by the report's Markdown table."""
+    replace_block(readme, "table", report["experiment"], markdown_table(report))
+
+
+def replace_block(readme: Path, kind: str, name: str, text: str) -> None:
+    """Replace what stands between `<!-- KIND: NAME -->` and `<!-- /KIND -->`.
 
     Raises ValueError unless the file has that pair of markers exactly once.
     """
-    text = readme.read_text(encoding="utf-8")
-    start = f"<!-- table: {report['experiment']} -->"
-    pattern = re.compile(re.escape(start) + r"(?:(?!<!-- table:).)*?<!-- /table -->", re.DOTALL)
-    found = len(pattern.findall(text))
+    whole = readme.read_text(encoding="utf-8")
+    start, stop = f"<!-- {kind}: {name} -->", f"<!-- /{kind} -->"
+    pattern = re.compile(re.escape(start) + rf"(?:(?!<!-- {kind}:).)*?" + re.escape(stop), re.DOTALL)
+    found = len(pattern.findall(whole))
     if found != 1:
         raise ValueError(
-            f"{readme} has {found} tables marked `{start}` … `<!-- /table -->`, expected exactly one. "
-            "Put the two comments where the table should stand."
+            f"{readme} has {found} {kind}s marked `{start}` … `{stop}`, expected exactly one. "
+            f"Put the two comments where the {kind} should stand."
         )
-    block = f"{start}\n{markdown_table(report)}\n<!-- /table -->"
     temporary = readme.with_name(readme.name + ".tmp")
-    temporary.write_text(pattern.sub(lambda _: block, text), encoding="utf-8")
+    temporary.write_text(pattern.sub(lambda _: f"{start}\n{text}\n{stop}", whole), encoding="utf-8")
     temporary.replace(readme)

@@ -13,6 +13,7 @@ upcycle stage=branch/code      one stage only
 upcycle -m key=a,b ...         a sweep; runs share every artifact they can
 upcycle status [RUN ...]       the runs here and how far they are
 upcycle report [RUN ...]       print a run's table again; --readme writes it into README.md
+upcycle replicates RUN RUN ... spread and claims over runs that differ in rng_seed; --readme, --json=FILE
 """
 
 
@@ -56,7 +57,13 @@ def report(arguments: list[str]) -> int:
     return print_reports(arguments)
 
 
-WORDS = {"status": status, "report": report}
+def replicates(arguments: list[str]) -> int:
+    from launch.status import print_replicates
+
+    return print_replicates(arguments)
+
+
+WORDS = {"status": status, "report": report, "replicates": replicates}
 
 if __name__ == "__main__":
     main()

@@ -144,7 +144,8 @@ def main() -> None:
     except (HydraException, OmegaConfBaseException, OSError) as error:
         if os.environ.get("UPCYCLE_TRACEBACK"):
             raise
-        sys.exit(_fail(one_line(error) if isinstance(error, OSError) else explain_override(str(error))))
+        hydras = isinstance(error, HydraException | OmegaConfBaseException)  # some of them are OSErrors too
+        sys.exit(_fail(explain_override(str(error)) if hydras else one_line(error)))
 
 
 def one_line(error: Exception) -> str:

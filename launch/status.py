@@ -49,6 +49,12 @@ def print_status(arguments: list[str]) -> int:
     return 0
 
 
+def _report(run: Path) -> dict:
+    if not (run / "report.json").is_file():
+        raise ValueError(f"{run}: no report.json yet; run it to its end first (`upcycle status`)")
+    return json.loads((run / "report.json").read_text())
+
+
 def print_reports(arguments: list[str]) -> int:
     """Each run's table; with --readme, also write it into README.md between its marks."""
     from evals.tables import format_table, update_readme
@@ -56,12 +62,33 @@ def print_reports(arguments: list[str]) -> int:
     console, readme = Console(), "--readme" in arguments
     try:
         for run in _runs([argument for argument in arguments if argument != "--readme"]):
-            if not (run / "report.json").is_file():
-                raise ValueError(f"{run}: no report.json yet; run it to its end first (`upcycle status`)")
-            found = json.loads((run / "report.json").read_text())
+            found = _report(run)
             console.print(format_table(found), highlight=False, markup=False, soft_wrap=True)
             if readme:
                 update_readme(found, Path("README.md"))
+    except (ValueError, OSError) as error:
+        print(f"upcycle: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def print_replicates(arguments: list[str]) -> int:
+    """Spread and claims over the named runs; --readme writes them into README.md, --json=FILE keeps the figures."""
+    from evals.replicates import markdown, summarise
+    from evals.tables import replace_block
+    from upcycle.durable import write_json
+
+    try:
+        names = [argument for argument in arguments if not argument.startswith("--")]
+        if len(names) < 2:
+            raise ValueError(f"replicates: got {len(names)} runs, expected at least two that differ in rng_seed")
+        found = summarise([_report(run) for run in _runs(names)])
+        print(markdown(found))
+        for argument in arguments:
+            if argument == "--readme":
+                replace_block(Path("README.md"), "replicates", "demo", markdown(found))
+            elif argument.startswith("--json="):
+                write_json(Path(argument.removeprefix("--json=")), found)
     except (ValueError, OSError) as error:
         print(f"upcycle: {error}", file=sys.stderr)
         return 2

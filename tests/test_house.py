@@ -153,6 +153,14 @@ def test_readme_table_is_the_generated_one():
     assert found is not None and found.group(1).strip() == markdown_table(report).strip()
 
 
+def test_readme_replicates_are_the_generated_ones():
+    from evals.replicates import markdown
+
+    summary = json.loads((ROOT / "docs" / "demo" / "replicates.json").read_text())
+    found = re.search(r"<!-- replicates: demo -->\n(.*?)\n<!-- /replicates -->", README, re.S)
+    assert found is not None and found.group(1).strip() == markdown(summary).strip()
+
+
 def test_constraints_pin_every_declared_dependency():
     pinned = {
         line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line

@@ -132,7 +132,7 @@ def test_status_and_report_words(finished, tmp_path):
     done = upcycle("report", "tiny", "--readme", cwd=tmp_path)
     assert "bam_shared_kv" in done.stdout
     text = (tmp_path / "README.md").read_text()
-    assert "bam_shared_kv" in text and "old" not in text and text.endswith("end\n")
+    assert "bam_shared_kv" in text and "\nold\n" not in text and text.endswith("end\n")
     wrong = upcycle("report", "tinny", cwd=tmp_path, check=False)
     assert wrong.returncode == 2 and "tinny: no run of that name here" in wrong.stderr and "tiny" in wrong.stderr
 
@@ -259,8 +259,10 @@ def test_an_error_of_a_library_says_how_to_see_where(tmp_path):
     done = upcycle("experiment=tiny", "artifacts=file/artifacts", cwd=tmp_path, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.endswith(" (UPCYCLE_TRACEBACK=1 shows where)\n") and "Error: " in done.stderr, done.stderr
-    (tmp_path / "runs").write_text("")  # where Hydra itself wants a directory
-    done = upcycle("plan=true", cwd=tmp_path, check=False)
+    blocked = tmp_path / "blocked"
+    blocked.mkdir()
+    (blocked / "runs").write_text("")  # where Hydra itself wants a directory
+    done = upcycle("plan=true", cwd=blocked, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.endswith(" (UPCYCLE_TRACEBACK=1 shows where)\n"), done.stderr
 

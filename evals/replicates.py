@@ -1,0 +1,98 @@
+"""Several runs of one experiment that differ in rng_seed only: spread of every model, and whether the claims hold in each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+MIXTURES = ("btx", "bam")  # kinds
+BRANCH_GAIN = 0.10  # a branch must lower its own domain's perplexity by this share
+
+
+def summarise(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What several runs say together; JSON-serialisable, small enough to keep beside the docs.
+
+    Raises ValueError: runs with different models, or the same rng_seed twice.
+    """
+    first = reports[0]
+    for report in reports[1:]:
+        if set(report["models"]) != set(first["models"]):
+            raise ValueError("replicates must hold the same models; run them with the same settings but rng_seed")
+    seeds = [report["provenance"]["rng_seed"] for report in reports]
+    if len(set(seeds)) != len(seeds):
+        raise ValueError(f"replicates need different rng_seeds; got {seeds}")
+    return {
+        "rng_seeds": seeds,
+        "domains": first["domain_groups"]["trained"],
+        "seconds": [report["seconds"] for report in reports],
+        "trained_perplexity": {
+            name: [report["models"][name]["average"]["trained"]["perplexity"] for report in reports]
+            for name in first["models"]
+        },
+        "claims": {name: [check(report) for report in reports] for name, check in CLAIMS.items()},
+    }
+
+
+def branches_beat_the_seed(report: Mapping[str, Any]) -> bool:
+    """Every branch has at least 10 % lower perplexity than the seed on its own domain."""
+    seed = report["models"]["seed"]["perplexity"]
+    branches = {name: model for name, model in report["models"].items() if model["kind"] == "branch"}
+    return all(model["perplexity"][name] <= (1 - BRANCH_GAIN) * seed[name] for name, model in branches.items())
+
+
+def mixtures_beat_their_parts(report: Mapping[str, Any]) -> bool:
+    """Every mixture has a lower trained average than the seed, the soup and every single branch."""
+    average = {name: model["average"]["trained"]["perplexity"] for name, model in report["models"].items()}
+    kinds = {name: model["kind"] for name, model in report["models"].items()}
+    parts = min(average[name] for name, kind in kinds.items() if kind in ("seed", "branch", "soup"))
+    return all(average[name] < parts for name, kind in kinds.items() if kind in MIXTURES)
+
+
+def routing_knows_the_domain(report: Mapping[str, Any]) -> bool:
+    """In each mixture, in at least half of its layers, the feed-forward router's mutual information with the domain is
+    above every shuffled draw."""
+    for model in report["models"].values():
+        if model["kind"] in MIXTURES:
+            found = model["routing"]["ffn"]
+            above = [m > max(s) for m, s in zip(found["mutual_information"], found["shuffled"], strict=True)]
+            if 2 * sum(above) < len(above):
+                return False
+    return True
+
+
+def mixtures_beat_dense_continuation(report: Mapping[str, Any]) -> bool:
+    """The best mixture has a lower trained average than one dense model trained on the same tokens."""
+    models = report["models"]
+    best = min(m["average"]["trained"]["perplexity"] for m in models.values() if m["kind"] in MIXTURES)
+    return best < models["dense"]["average"]["trained"]["perplexity"]
+
+
+def learned_routers_beat_the_random_one(report: Mapping[str, Any]) -> bool:
+    """BTX top-2 has a lower trained average than the same mixture with a frozen random router."""
+    average = {name: model["average"]["trained"]["perplexity"] for name, model in report["models"].items()}
+    return average["btx"] < average["btx_random"]
+
+
+CLAIMS = {
+    "every branch beats the seed on its own domain by at least 10 %": branches_beat_the_seed,
+    "every mixture beats the seed, the soup and every single branch": mixtures_beat_their_parts,
+    "feed-forward routing carries the domain in at least half of the layers": routing_knows_the_domain,
+    "the best mixture beats dense continuation on the same tokens": mixtures_beat_dense_continuation,
+    "BTX top-2 beats the same mixture with a frozen random router": learned_routers_beat_the_random_one,
+}
+
+
+def markdown(summary: Mapping[str, Any]) -> str:
+    """Two tables for the README: spread of the trained average, and how often each claim held."""
+    count, domains = len(summary["rng_seeds"]), ", ".join(summary["domains"])
+    lines = [f"| model | trained avg ({domains}), mean of {count} | lowest | highest |", "| --- | ---: | ---: | ---: |"]
+    for name, values in summary["trained_perplexity"].items():
+        lines.append(f"| {name} | {np.mean(values):.2f} | {min(values):.2f} | {max(values):.2f} |")
+    lines += ["", f"| claim | held in, of {count} replicates |", "| --- | ---: |"]
+    lines += [f"| {claim} | {sum(held)} |" for claim, held in summary["claims"].items()]
+    seeds = ", ".join(map(str, summary["rng_seeds"]))
+    minutes = ", ".join(f"{seconds / 60:.1f}" for seconds in summary["seconds"])
+    lines += ["", f"*rng_seed {seeds}; minutes of all stages together: {minutes}.*"]
+    return "\n".join(lines)

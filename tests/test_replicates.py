@@ -1,0 +1,70 @@
+"""Claims over replicates, on constructed reports where each claim is known to hold or not."""
+
+import copy
+
+import pytest
+
+from evals.replicates import CLAIMS, markdown, summarise
+
+
+def model(kind, own, average, routing=None):
+    perplexity = {"code": own, "law": 50.0}
+    return {"kind": kind, "perplexity": perplexity, "average": {"trained": {"perplexity": average}}, "routing": routing}
+
+
+def routing(information):
+    return {"ffn": {"mutual_information": information, "shuffled": [[0.1, 0.2]] * len(information)}}
+
+
+def report(rng_seed=1, **changes):
+    models = {
+        "seed": model("seed", 100.0, 60.0),
+        "code": model("branch", 80.0, 70.0),
+        "soup": model("soup", 90.0, 55.0),
+        "dense": model("dense", 60.0, 30.0),
+        "btx": model("btx", 70.0, 29.0, routing([0.3, 0.3, 0.1, 0.1])),
+        "btx_random": model("btx", 70.0, 32.0, routing([0.3, 0.3, 0.3, 0.3])),
+    }
+    for name, change in changes.items():
+        models[name] = models[name] | change
+    return {
+        "experiment": "demo",
+        "models": models,
+        "domain_groups": {"trained": ["code", "law"]},
+        "provenance": {"rng_seed": rng_seed},
+        "seconds": 60.0 * rng_seed,
+    }
+
+
+def held(**changes):
+    return [check(report(**changes)) for check in CLAIMS.values()]
+
+
+def test_every_claim_can_hold_and_can_fail():
+    assert held() == [True] * 5
+    average = {"average": {"trained": {"perplexity": 58.0}}}
+    assert held(code={"perplexity": {"code": 91.0}})[0] is False
+    assert held(btx_random=average)[1] is False  # above the soup
+    assert held(btx={"routing": routing([0.3, 0.1, 0.1, 0.1])})[2] is False
+    assert held(dense={"average": {"trained": {"perplexity": 28.0}}})[3] is False
+    assert held(btx_random={"average": {"trained": {"perplexity": 28.5}}})[4] is False
+
+
+def test_summary_counts_and_spreads():
+    worse = report(2, code={"perplexity": {"code": 95.0}})
+    found = summarise([report(1), worse])
+    assert found["rng_seeds"] == [1, 2] and found["trained_perplexity"]["btx"] == [29.0, 29.0]
+    assert list(found["claims"].values())[0] == [True, False]
+    text = markdown(found)
+    assert "| btx | 29.00 | 29.00 | 29.00 |" in text
+    assert "| every branch beats the seed on its own domain by at least 10 % | 1 |" in text
+    assert text.endswith("*rng_seed 1, 2; minutes of all stages together: 1.0, 2.0.*")
+
+
+def test_runs_that_are_no_replicates_are_refused():
+    with pytest.raises(ValueError, match="need different rng_seeds"):
+        summarise([report(1), report(1)])
+    other = copy.deepcopy(report(2))
+    del other["models"]["soup"]
+    with pytest.raises(ValueError, match="must hold the same models"):
+        summarise([report(1), other])
