@@ -11,6 +11,7 @@ from launch.config import Config
 from upcycle.batches import consumed_tokens
 from upcycle.config import TrainConfig
 from upcycle.cost import Shape
+from upcycle.directories import fingerprint as model_fingerprint
 from upcycle.documents import fingerprint
 from upcycle.stages import (
     assemble_moe,
@@ -141,8 +142,6 @@ def _seed(cfg: Config, store: Store, tokenizer: Artifact | None, data: dict[str,
 
 
 def _imported(store: Store, name: str, path: str) -> Artifact:
-    from upcycle.checkpoint import fingerprint as model_fingerprint  # imports torch
-
     return store.stage(name, import_model, None, model_fingerprint(Path(path)), {"path": path})
 
 

@@ -54,7 +54,7 @@ def test_summary_counts_and_spreads():
     worse = report(2, code={"perplexity": {"code": 95.0}})
     found = summarise([report(1), worse])
     assert found["rng_seeds"] == [1, 2] and found["trained_perplexity"]["btx"] == [29.0, 29.0]
-    assert list(found["claims"].values())[0] == [True, False]
+    assert next(iter(found["claims"].values())) == [True, False]
     text = markdown(found)
     assert "| btx | 29.00 | 29.00 | 29.00 |" in text
     assert "| every branch beats the seed on its own domain by at least 10 % | 1 |" in text

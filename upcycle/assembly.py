@@ -22,9 +22,10 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from upcycle.attention import split_fused, stack_heads, unstack_heads
-from upcycle.checkpoint import Checkpoint, CheckpointWriter, copy_tokenizer, tensor_sha256, tokenizer_sha256
+from upcycle.checkpoint import Checkpoint, CheckpointWriter, tensor_sha256
 from upcycle.config import AssembleConfig
 from upcycle.configuration import UpcycledConfig
+from upcycle.directories import copy_tokenizer, tokenizer_sha256
 from upcycle.durable import write_json
 from upcycle.families import Family, family_of, key_value_heads
 from upcycle.merge import METHODS
@@ -243,7 +244,9 @@ def write_mixture(
     seed, branches = Checkpoint(seed_dir), {name: Checkpoint(path) for name, path in branch_dirs.items()}
     check_alike(seed, branches)
     experts = ({"seed": seed} if choice.include_seed else {}) | branches
-    config = upcycled_config(AutoConfig.from_pretrained(seed_dir), list(experts), choice)
+    seed_config = AutoConfig.from_pretrained(seed_dir)
+    seed_config.name_or_path = ""  # where the seed lay is no part of the result
+    config = upcycled_config(seed_config, list(experts), choice)
     pieces = plan_pieces(config, seed.names)
     dtype = getattr(torch, choice.dtype) if choice.dtype else seed.dtype()
     writer, rows = CheckpointWriter(out, choice.max_shard_bytes), []

@@ -14,22 +14,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from upcycle.directories import INDEX, model_files
 from upcycle.durable import write_json
 
-INDEX = "model.safetensors.index.json"
 # Buffers that old checkpoints carry and today's models compute themselves, and names that have changed since.
 IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$|\.attention\.(masked_)?bias$")
 TODAYS_NAMES = {"embed_out.weight": "lm_head.weight"}  # GPT-NeoX's head
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
 
 
 class Checkpoint:
@@ -136,25 +126,6 @@ def tensor_sha256(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def tokenizer_sha256(directory: Path) -> str | None:
-    """Hash of tokenizer.json (vocabulary and merges); None where there is none."""
-    path = directory / "tokenizer.json"
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
-
-
-def copy_tokenizer(source: Path, out: Path) -> None:
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, out / name)
-
-
-def fingerprint(directory: Path) -> dict[str, str]:
-    """SHA-256 of every file that makes up a model: weights, config and tokenizer."""
-    wanted = [*sorted(directory.glob("*.safetensors")), directory / INDEX, directory / "config.json"]
-    wanted += [directory / name for name in TOKENIZER_FILES]
-    return {path.name: hashlib.file_digest(path.open("rb"), "sha256").hexdigest() for path in wanted if path.is_file()}
-
-
 def import_checkpoint(source: Path, out: Path) -> None:
     """Copy a model's weights, config and tokenizer into `out`; every tensor must be readable.
 
@@ -163,5 +134,5 @@ def import_checkpoint(source: Path, out: Path) -> None:
     checkpoint = Checkpoint(source)
     for name in checkpoint.names:
         checkpoint.shape(name)
-    for name in fingerprint(source):
-        shutil.copyfile(source / name, out / name)
+    for path in model_files(source):
+        shutil.copyfile(path, out / path.name)

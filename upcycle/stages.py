@@ -85,8 +85,8 @@ def train_model(config: dict[str, Any], *, out: Path, run: Run, model: Path, dat
 
 
 def _train_and_save(model, train_config, skip_tokens, data, tokenizer: Path, out: Path, run: Run) -> None:
-    from upcycle.checkpoint import copy_tokenizer
     from upcycle.cost import Shape
+    from upcycle.directories import copy_tokenizer
     from upcycle.train import train
 
     flops = Shape.of_config(model.config.to_dict()).train_flops_per_token(train_config.sequence_length)

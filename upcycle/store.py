@@ -132,6 +132,7 @@ class Store:
         Raises ValueError: an input is missing.
         """
         if artifact.finished:
+            _drop_snapshots(artifact)  # left by a crash right after the renaming
             self._note_foreign(artifact)
             return False
         if missing := [parent.name for parent in artifact.parents() if not parent.finished]:
@@ -184,7 +185,7 @@ class Store:
     def _finish(self, artifact: Artifact) -> None:
         os.replace(artifact.partial, artifact.path)
         sync(self.root)
-        shutil.rmtree(artifact.path / "checkpoints", ignore_errors=True)  # not before: a crash must not need them again
+        _drop_snapshots(artifact)  # not before: a crash must not need them again
 
     def _note_foreign(self, artifact: Artifact) -> None:
         made_by = json.loads((artifact.path / RECORD).read_text())["made_by"]
@@ -194,6 +195,10 @@ class Store:
                 f"{name} {made_by.get(name)} (now {now[name]})" for name in now if made_by.get(name) != now[name]
             ]
             self.foreign[artifact.name] = ", ".join(changes)
+
+
+def _drop_snapshots(artifact: Artifact) -> None:
+    shutil.rmtree(artifact.path / "checkpoints", ignore_errors=True)
 
 
 class _Clock:
