@@ -26,6 +26,14 @@ def find_comparison(report: Mapping[str, Any], model: str, against: str | None) 
     return next(pairs, None)
 
 
+FEW_DOCUMENTS = 5  # fewer test documents than this say little about other documents
+
+
+def too_few_documents(report: Mapping[str, Any]) -> list[str]:
+    """The trained domains whose test split is too small for its interval to mean much."""
+    return [domain for domain in report["domain_groups"]["trained"] if report["documents"][domain] < FEW_DOCUMENTS]
+
+
 def verdict(item: Mapping[str, Any]) -> str:
     """`better`, `worse`, or `no clear difference` where the interval holds 0."""
     low, high = item["interval"]
@@ -40,6 +48,8 @@ def percent(difference_nats: float) -> str:
 
 def headline(report: Mapping[str, Any]) -> str:
     """One sentence: the best mixture against the baseline; without one, the lowest trained average."""
+    if few := too_few_documents(report):
+        return f"Too few test documents to compare models: {', '.join(few)}."
     model = best_on_trial(report)
     item = find_comparison(report, model, report["baseline"]) if model else None
     if item is None:

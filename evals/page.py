@@ -220,7 +220,7 @@ def _method(report: Mapping[str, Any]) -> str:
     )
     few = [domain for domain, count in report["documents"].items() if count < FEW_DOCUMENTS]
     warning = f" Too few documents for a trustworthy interval: {', '.join(few)}." if few else ""
-    note = f"Overlap: the share of the test set's n-grams that the training text holds too.{warning}"
+    note = f"Overlap: the share of the test split's n-grams that the same domain's training split holds too (of untrained domains nobody reads that split).{warning}"
     titles = "".join(f'<th scope="col">{title}</th>' for title in ("trained", "documents", "tokens", "overlap"))
     table = (
         f"<table><caption><span>{escape(note)}</span></caption><thead><tr><th scope='col' class='text'>test set</th>"

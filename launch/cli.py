@@ -7,7 +7,7 @@ from itertools import takewhile
 
 USAGE = """\
 upcycle                        run the demo: pretrain a seed, branch, assemble BTX and BAM, train, compare
-upcycle key=value ...          the same with other settings; experiment=tiny is a two-minute walk
+upcycle key=value ...          the same with other settings; experiment=tiny is a one-minute walk
 upcycle plan=true              what would run, what it would cost, what is done already; computes nothing
 upcycle stage=branch/code      one stage only
 upcycle -m key=a,b ...         a sweep; runs share every artifact they can

@@ -36,7 +36,7 @@ class LaunchConfig:
     checkpoint_steps: int | None = None
     checkpoint_seconds: float | None = 60.0
     keep_checkpoints: int = Field(default=1, ge=1)
-    threads: int | None = None
+    threads: int | None = Field(default=None, ge=1)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -52,8 +52,8 @@ class TrackConfig:
 class Config:
     """A whole run. `plan`: print the stages and stop. `stage`: compute only that one."""
 
-    name: str
-    rng_seed: int
+    name: str = Field(pattern=r"^[\w.-]*\w$")
+    rng_seed: int = Field(ge=0)
     plan: bool
     stage: str | None
     artifacts: str
@@ -75,6 +75,7 @@ class Config:
             _check_proportions(self, where, train)
             plan_phases(train, where)
         _check_dense(self)
+        _check_evaluation(self)
         _check_checkpoint("seed.path", self.seed.path)
         for name, branch in self.branches.items():
             _check_checkpoint(f"branches.{name}.path", branch.path)
@@ -109,6 +110,16 @@ def _check_proportions(cfg: Config, where: str, train: TrainConfig) -> None:
             raise ValueError(
                 f"{where}.proportions names {domain!r}, expected one of the trained domains "
                 f"({', '.join(trained)}){nearest(domain, trained)}"
+            )
+
+
+def _check_evaluation(cfg: Config) -> None:
+    """Every domain needs documents in the split that models are measured on."""
+    for name, domain in cfg.domains.items():
+        if getattr(domain, f"{cfg.eval.split}_fraction") == 0:
+            raise ValueError(
+                f"domains.{name}.{cfg.eval.split}_fraction is 0, but eval.split={cfg.eval.split} measures every domain on "
+                "that split; raise it or choose the other split"
             )
 
 

@@ -32,7 +32,10 @@ def compose(raw: DictConfig) -> None:
     plain: Any = OmegaConf.to_container(raw, resolve=True, throw_on_missing=True)
     try:
         run(build(plain), Path(HydraConfig.get().runtime.output_dir))
-    except (ValueError, FloatingPointError, OSError) as error:
+    except KeyboardInterrupt:
+        print("\nupcycle: stopped; the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:  # a user wants a line, and says so when they want the frames
         if os.environ.get("UPCYCLE_TRACEBACK"):
             raise
         sys.exit(_fail(one_line(error)))
@@ -40,7 +43,9 @@ def compose(raw: DictConfig) -> None:
 
 def run(cfg: Config, out: Path) -> None:
     """Plan, compute one stage, or compute everything that is missing and write `out`."""
-    console = Console(stderr=False)
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 120)  # a pipe has no width; tables must not lose their units in it
     experiment = upcycle(cfg, Store(cfg.artifacts))
     if cfg.plan:
         print_plan(experiment, console)
@@ -93,6 +98,8 @@ def _prepare_process(cfg: Config, console: Console) -> None:
     from upcycle.machine import keep_freed_memory
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not Path("/dev/nvidia0").exists():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where it is installed, deepspeed would announce its guess
     # OpenMP threads that spin while they wait made a step ten times slower beside another busy process.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import datasets
@@ -115,7 +122,8 @@ def write_manifest(cfg: Config, experiment: Experiment, out: Path) -> None:
     from pydantic import TypeAdapter
 
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "manifest.json", {name: stage.path.name for name, stage in experiment.store.stages.items()})
+    stages = {name: stage.path.name for name, stage in experiment.store.stages.items()}
+    write_json(out / "manifest.json", stages, sort_keys=False)  # in the order they are made
     plain = json.loads(TypeAdapter(Config).dump_json(cfg))
     (out / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain)))
 

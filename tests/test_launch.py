@@ -232,8 +232,14 @@ def test_one_stage_names_its_missing_inputs(tmp_path):
         (["mixtures.btx.assemble.router.top_k=1"], "mixtures.btx.assemble.router: top_k=1 with gate_order=topk_softmax"),
         (["+mix.proportions.cod=1.0"], "'cod', expected one of the trained domains (code, law, math, general); did you mean code?"),
         (["experiment=dmo"], "dmo"),
+        (["rng_seed=-1"], "rng_seed: Input should be greater than or equal to 0"),
+        (["launch.threads=0"], "launch.threads: Input should be greater than or equal to 1"),
+        (["eval.max_tokens=0"], "eval.max_tokens: Input should be greater than 0"),
+        (["name=../../etc"], "name: String should match pattern"),
+        (["seed.sizes.num_attention_heads=5"], "sizes.hidden_size=192 is not a multiple of num_attention_heads=5"),
+        (["domains.law.test_fraction=0"], "domains.law.test_fraction is 0, but eval.split=test measures every domain"),
         (["seed.architecture=lama"], "seed: architecture='lama' is not supported, expected one of gpt_neox, llama; did you mean llama?"),
-        (["reprot"], "reprot: no such word; did you mean report? Words: help, status, report"),
+        (["reprot"], "reprot: no such word; did you mean report? Words: help, status, report, replicates"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named_at_once(tmp_path, arguments, message):
@@ -246,7 +252,7 @@ def test_a_word_is_looked_up_before_hydra_reads_it(tmp_path):
     done = upcycle("reprot", cwd=tmp_path, check=False)
     assert done.returncode == 2 and not list(tmp_path.iterdir())
     assert done.stderr == (
-        "upcycle: reprot: no such word; did you mean report? Words: help, status, report; "
+        "upcycle: reprot: no such word; did you mean report? Words: help, status, report, replicates; "
         "settings are key=value (upcycle --help shows them)\n"
     )
     assert unknown_word(["experiment=tiny", "stat"]) == "stat"
@@ -265,6 +271,42 @@ def test_an_error_of_a_library_says_how_to_see_where(tmp_path):
     done = upcycle("plan=true", cwd=blocked, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.endswith(" (UPCYCLE_TRACEBACK=1 shows where)\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("source", "content"),
+    [("text", b""), ("text", b"\xff\xfe\x00bad"), ("json", b'{"text": "cut'), ("parquet", b"not parquet")],
+)
+def test_files_that_are_not_what_the_settings_say_are_named(tmp_path, source, content):
+    (tmp_path / "mine").write_bytes(content)
+    changes = [f"domains.code.source={source}", "domains.code.path=mine", "domains.code.max_bytes=null"]
+    done = upcycle("experiment=tiny", "stage=documents/code", *changes, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"domain mine could not be read as source={source}" in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_how_to_go_on(finished, tmp_path):
+    manifest = json.loads((finished / "runs" / "tiny" / "manifest.json").read_text())
+    shutil.copytree(finished / "artifacts", tmp_path / "artifacts")
+    shutil.rmtree(tmp_path / "artifacts" / manifest["seed"])
+    command = [
+        sys.executable,
+        "-m",
+        "launch.cli",
+        *TINY,
+        "seed.train.tokens=8192",
+        "stage=seed",
+        "launch.checkpoint_steps=1",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not any((tmp_path / "artifacts").glob("seed-*.partial/checkpoints/step-*")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130 and "stopped; the same command goes on from there" in errors
+    assert "Traceback" not in errors
 
 
 def test_help_shows_words_and_settings(tmp_path):

@@ -47,7 +47,7 @@ def assemble(
         upcycle.assemble(seed="A", branches={"code": "B", "math": "C"}, out="moe", method="bam")
 
     seed, branches: Hugging Face directories with safetensors. method: a preset of conf/assemble; `overrides` are fields
-    of AssembleConfig, for example `router={"top_k": 1}`. The directory appears only when everything in it is written
+    of AssembleConfig, for example `router={"top_k": 3}`. The directory appears only when everything in it is written
     and proved.
     Raises ValueError: see `write_mixture` and `prove`; `out` exists already.
     """

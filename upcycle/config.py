@@ -131,7 +131,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = "bf16"
     gradient_checkpointing: bool = False
     max_epochs: float = 4.0
-    rng_seed: int = 1
+    rng_seed: int = Field(default=1, ge=0)
 
     @property
     def batch_tokens(self) -> int:
@@ -207,6 +207,11 @@ class SeedConfig:
             size = self.sizes[name]
             if type(size) is not int or size < 1:
                 raise ValueError(f"sizes.{name}={size!r}, expected a whole number above 0; give one")
+        hidden, heads = self.sizes["hidden_size"], self.sizes["num_attention_heads"]
+        if "head_dim" not in self.sizes and hidden % heads:  # pyright: ignore[reportOperatorIssue]
+            raise ValueError(
+                f"sizes.hidden_size={hidden} is not a multiple of num_attention_heads={heads}; make it one"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -278,7 +283,7 @@ class AssembleConfig:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     max_shard_bytes: int = 4_000_000_000
     prove: bool = True
-    rng_seed: int = 1
+    rng_seed: int = Field(default=1, ge=0)
 
     @model_validator(mode="after")
     def _means_something(self):
@@ -309,10 +314,10 @@ class EvalConfig:
     split: Literal["valid", "test"] = "test"
     sequence_length: int = Field(default=512, gt=1)
     batch_sequences: int = Field(default=8, gt=0)
-    max_tokens: int | None = None
+    max_tokens: int | None = Field(default=None, gt=0)
     bootstrap_samples: int = 1000
     precision: Literal["fp32", "bf16"] = "fp32"
-    rng_seed: int = 1
+    rng_seed: int = Field(default=1, ge=0)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -320,4 +325,4 @@ class DataConfig:
     """What holds for every domain: how alike two documents are before they must share a split, and EOS handling."""
 
     near_duplicate_similarity: float = Field(default=0.7, gt=0, le=1)
-    rng_seed: int = 1
+    rng_seed: int = Field(default=1, ge=0)

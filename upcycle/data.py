@@ -109,7 +109,7 @@ def split_clusters(texts: Sequence[str], clusters: np.ndarray, domain: DomainCon
         raise ValueError(
             f"domain {domain.path} is too small: {len(texts)} documents in {len(ordered)} clusters of near duplicates "
             f"({sum(sizes):,} bytes) leave the split {wanted[0]} empty; add documents, or change test_fraction="
-            f"{domain.test_fraction} and valid_fraction={domain.valid_fraction} (0 leaves a split out)"
+            f"{domain.test_fraction} and valid_fraction={domain.valid_fraction}"
         )
     return {split: sorted(docs) for split, docs in splits.items()}
 

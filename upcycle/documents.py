@@ -30,7 +30,7 @@ def read_documents(domain: DomainConfig, rng_seed: int = 1) -> Iterator[str]:
         corpus_fingerprint(domain.path, domain.max_bytes)  # raises for unknown names and packages
         texts = CORPORA[domain.path](domain.max_bytes, rng_seed)
     else:
-        texts = within(column_texts(domain, load(domain)), domain.max_bytes)
+        texts = within(readable_texts(domain), domain.max_bytes)
     first = next(texts, None)
     if first is None:
         raise ValueError(
@@ -39,6 +39,20 @@ def read_documents(domain: DomainConfig, rng_seed: int = 1) -> Iterator[str]:
         )
     yield first
     yield from texts
+
+
+def readable_texts(domain: DomainConfig) -> Iterator[str]:
+    """Texts of a file or hub source; raises ValueError where the files are not what `source` says."""
+    import pyarrow as pa
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield from column_texts(domain, load(domain))
+    except (DatasetsError, pa.ArrowException, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"domain {domain.path} could not be read as source={domain.source}: {error}; expected non-empty UTF-8 "
+            f"{domain.source} files, so check source and path"
+        ) from error
 
 
 def check_settings(domain: DomainConfig) -> None:

@@ -22,10 +22,10 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_json(path: Path, value: object) -> None:
+def write_json(path: Path, value: object, sort_keys: bool = True) -> None:
     """Write, fsync, rename: a reader sees the old file or the whole new one."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two processes may write the same file
-    temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    temporary.write_text(json.dumps(value, indent=1, sort_keys=sort_keys) + "\n")
     sync(temporary)
     os.replace(temporary, path)
     sync(path.parent)
@@ -38,7 +38,11 @@ def atomic_directory(final: Path) -> Iterator[Path]:
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
-    yield partial
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     for path in partial.rglob("*"):
         sync(path)
     os.replace(partial, final)

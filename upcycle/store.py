@@ -135,7 +135,7 @@ class Store:
             _drop_snapshots(artifact)  # left by a crash right after the renaming
             self._note_foreign(artifact)
             return False
-        if missing := [parent.name for parent in artifact.parents() if not parent.finished]:
+        if missing := list(dict.fromkeys(parent.name for parent in artifact.parents() if not parent.finished)):
             raise ValueError(
                 f"stage {artifact.name!r} needs {', '.join(missing)}, which "
                 f"{'is' if len(missing) == 1 else 'are'} not finished; run that first (stage={missing[0]}) or run the "
@@ -155,7 +155,7 @@ class Store:
         try:
             return lock.acquire(timeout=1)
         except Timeout:
-            run.say(f"{artifact.name}: another process is making it; waiting")
+            run.say("another process is making it; waiting")
             return lock.acquire()
 
     def _compute(self, artifact: Artifact, run: Run) -> None:
