@@ -239,7 +239,7 @@ def test_one_stage_names_its_missing_inputs(tmp_path):
         (["seed.sizes.num_attention_heads=5"], "sizes.hidden_size=192 is not a multiple of num_attention_heads=5"),
         (["domains.law.test_fraction=0"], "domains.law.test_fraction is 0, but eval.split=test measures every domain"),
         (["seed.architecture=lama"], "seed: architecture='lama' is not supported, expected one of gpt_neox, llama; did you mean llama?"),
-        (["reprot"], "reprot: no such word; did you mean report? Words: help, status, report, replicates"),
+        (["reprot"], "reprot: no such word; did you mean report or replicates? Words: help, status, report, replicates"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named_at_once(tmp_path, arguments, message):
@@ -252,7 +252,7 @@ def test_a_word_is_looked_up_before_hydra_reads_it(tmp_path):
     done = upcycle("reprot", cwd=tmp_path, check=False)
     assert done.returncode == 2 and not list(tmp_path.iterdir())
     assert done.stderr == (
-        "upcycle: reprot: no such word; did you mean report? Words: help, status, report, replicates; "
+        "upcycle: reprot: no such word; did you mean report or replicates? Words: help, status, report, replicates; "
         "settings are key=value (upcycle --help shows them)\n"
     )
     assert unknown_word(["experiment=tiny", "stat"]) == "stat"
