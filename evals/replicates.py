@@ -14,12 +14,14 @@ BRANCH_GAIN = 0.10  # a branch must lower its own domain's perplexity by this sh
 def summarise(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What several runs say together; JSON-serialisable, small enough to keep beside the docs.
 
-    Raises ValueError: runs with different models, or the same rng_seed twice.
+    A model or claim that only some of the runs have is summarised over those.
+    Raises ValueError: runs over different domains, or the same rng_seed twice.
     """
     first = reports[0]
     for report in reports[1:]:
-        if set(report["models"]) != set(first["models"]):
-            raise ValueError("replicates must hold the same models; run them with the same settings but rng_seed")
+        if report["domain_groups"] != first["domain_groups"]:
+            raise ValueError("replicates must be over the same domains; run them with the same settings but rng_seed")
+    names = list(dict.fromkeys(name for report in reports for name in report["models"]))
     seeds = [report["provenance"]["rng_seed"] for report in reports]
     if len(set(seeds)) != len(seeds):
         raise ValueError(f"replicates need different rng_seeds; got {seeds}")
@@ -28,13 +30,12 @@ def summarise(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "domains": first["domain_groups"]["trained"],
         "seconds": [report["seconds"] for report in reports],
         "trained_perplexity": {
-            name: [report["models"][name]["average"]["trained"]["perplexity"] for report in reports]
-            for name in first["models"]
+            name: [r["models"][name]["average"]["trained"]["perplexity"] for r in reports if name in r["models"]]
+            for name in names
         },
         "claims": {
-            name: [check(report) for report in reports]
+            name: [check(report) for report in reports if NEEDED.get(name, set()) <= set(report["models"])]
             for name, check in CLAIMS.items()
-            if NEEDED.get(name, set()) <= set(first["models"])
         },
     }
 
@@ -96,12 +97,15 @@ NEEDED = {
 
 def markdown(summary: Mapping[str, Any]) -> str:
     """Two tables for the README: spread of the trained average, and how often each claim held."""
-    count, domains = len(summary["rng_seeds"]), ", ".join(summary["domains"])
-    lines = [f"| model | trained avg ({domains}), mean of {count} | lowest | highest |", "| --- | ---: | ---: | ---: |"]
+    domains = ", ".join(summary["domains"])
+    lines = [
+        f"| model | runs | mean trained avg ({domains}) | lowest | highest |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
     for name, values in summary["trained_perplexity"].items():
-        lines.append(f"| {name} | {np.mean(values):.2f} | {min(values):.2f} | {max(values):.2f} |")
-    lines += ["", f"| claim | held in, of {count} replicates |", "| --- | ---: |"]
-    lines += [f"| {claim} | {sum(held)} |" for claim, held in summary["claims"].items()]
+        lines.append(f"| {name} | {len(values)} | {np.mean(values):.2f} | {min(values):.2f} | {max(values):.2f} |")
+    lines += ["", "| claim | held in |", "| --- | ---: |"]
+    lines += [f"| {claim} | {sum(held)} of {len(held)} |" for claim, held in summary["claims"].items() if held]
     seeds = ", ".join(map(str, summary["rng_seeds"]))
     minutes = ", ".join(f"{seconds / 60:.1f}" for seconds in summary["seconds"])
     lines += ["", f"*rng_seed {seeds}; minutes of all stages together: {minutes}.*"]

@@ -56,8 +56,8 @@ def test_summary_counts_and_spreads():
     assert found["rng_seeds"] == [1, 2] and found["trained_perplexity"]["btx"] == [29.0, 29.0]
     assert next(iter(found["claims"].values())) == [True, False]
     text = markdown(found)
-    assert "| btx | 29.00 | 29.00 | 29.00 |" in text
-    assert "| every branch beats the seed on its own domain by at least 10 % | 1 |" in text
+    assert "| btx | 2 | 29.00 | 29.00 | 29.00 |" in text
+    assert "| every branch beats the seed on its own domain by at least 10 % | 1 of 2 |" in text
     assert text.endswith("*rng_seed 1, 2; minutes of all stages together: 1.0, 2.0.*")
 
 
@@ -65,6 +65,14 @@ def test_runs_that_are_no_replicates_are_refused():
     with pytest.raises(ValueError, match="need different rng_seeds"):
         summarise([report(1), report(1)])
     other = copy.deepcopy(report(2))
-    del other["models"]["soup"]
-    with pytest.raises(ValueError, match="must hold the same models"):
+    other["domain_groups"]["trained"] = ["code"]
+    with pytest.raises(ValueError, match="must be over the same domains"):
         summarise([report(1), other])
+
+
+def test_a_run_without_a_model_is_left_out_of_what_needs_it():
+    other = copy.deepcopy(report(2))
+    del other["models"]["dense"]
+    found = summarise([report(1), other])
+    assert found["trained_perplexity"]["dense"] == [30.0]
+    assert found["claims"]["the best mixture beats dense continuation on the same tokens"] == [True]
