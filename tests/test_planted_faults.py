@@ -45,7 +45,8 @@ FAULTS = {
     "K and V averaged from the wrong branch": (
         "upcycle/assembly.py",
         "return _merged(piece, [tensors[0] for tensors in sources.values()], choice).to(dtype), row",
-        "return _merged(piece, [list(sources.values())[-1][0]] * len(sources), choice).to(dtype), row",
+        "wrong = [list(sources.values())[-1 if piece.target.split('.')[-2] in ('k_proj', 'v_proj') else i][0] for i in "
+        "range(len(sources))]; return _merged(piece, wrong, choice).to(dtype), row",
         "tests/test_assembly.py::test_mixture_on_disk_equals_the_reference_mixture",
     ),
     "optimizer state dropped on resume": (
@@ -62,8 +63,8 @@ FAULTS = {
     ),
     "seed's expert lost": (
         "upcycle/assembly.py",
-        'experts = ({"seed": seed} if choice.include_seed else {}) | branches\n    config',
-        "experts = dict(branches)\n    config",
+        'experts = ({"seed": seed} if choice.include_seed else {}) | branches\n    seed_config',
+        "experts = dict(branches)\n    seed_config",
         "tests/test_assembly.py::test_one_call_makes_and_proves_a_mixture",
     ),
     "shuffled test split": (
