@@ -287,18 +287,9 @@ def test_files_that_are_not_what_the_settings_say_are_named(tmp_path, source, co
 
 @pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(finished, tmp_path):
-    manifest = json.loads((finished / "runs" / "tiny" / "manifest.json").read_text())
     shutil.copytree(finished / "artifacts", tmp_path / "artifacts")
-    shutil.rmtree(tmp_path / "artifacts" / manifest["seed"])
-    command = [
-        sys.executable,
-        "-m",
-        "launch.cli",
-        *TINY,
-        "seed.train.tokens=8192",
-        "stage=seed",
-        "launch.checkpoint_steps=1",
-    ]
+    changes = ["seed.train.tokens=4000000", "seed.train.max_epochs=1000", "stage=seed", "launch.checkpoint_steps=1"]
+    command = [sys.executable, "-m", "launch.cli", *TINY, *changes]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not any((tmp_path / "artifacts").glob("seed-*.partial/checkpoints/step-*")):
