@@ -88,7 +88,7 @@ def print_replicates(arguments: list[str]) -> int:
             if argument == "--readme":
                 replace_block(Path("README.md"), "replicates", "demo", markdown(found))
             elif argument.startswith("--json="):
-                write_json(Path(argument.removeprefix("--json=")), found)
+                write_json(Path(argument.removeprefix("--json=")), found, sort_keys=False)
     except (ValueError, OSError) as error:
         print(f"upcycle: {error}", file=sys.stderr)
         return 2
