@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from evals.routing import RoutingCounter
 from upcycle.batches import TokenArray
 from upcycle.config import EvalConfig
+from upcycle.families import language_model_head
 from upcycle.losses import IGNORED, token_nats
 from upcycle.modeling import UpcycledForCausalLM
 from upcycle.routing import RoutingTrace
@@ -91,7 +92,7 @@ def _window_nats(
     extra = {"trace": trace} if upcycled else {}
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         hidden = model.base_model(input_ids=inputs_BS, use_cache=False, **extra).last_hidden_state
-        nats = token_nats(hidden.flatten(0, 1), model.get_output_embeddings(), labels_BS.flatten())
+        nats = token_nats(hidden.flatten(0, 1), language_model_head(model), labels_BS.flatten())
     if counter is not None and trace is not None:
         counter.add(trace, labels_BS != IGNORED)
     return nats.view_as(labels_BS).cpu()

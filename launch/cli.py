@@ -12,7 +12,10 @@ upcycle plan=true              what would run, what it would cost, what is done 
 upcycle stage=branch/code      one stage only
 upcycle -m key=a,b ...         a sweep; runs share every artifact they can
 upcycle status [RUN ...]       the runs here and how far they are
+upcycle explain DIR            what each tensor of a mixture came from, its routers, its size; --all, --json
 upcycle report [RUN ...]       print a run's table again; --readme writes it into README.md
+upcycle export DIR OUT         a mixture as Mixtral, Qwen2-MoE, Qwen3-MoE or FlexOlmo where it equals one, else with its code;
+                               --format=NAME, --report=RUN/report.json
 upcycle replicates RUN RUN ... spread and claims over runs that differ in rng_seed; --readme, --json=FILE
 """
 
@@ -51,6 +54,27 @@ def status(arguments: list[str]) -> int:
     return print_status(arguments)
 
 
+def explain(arguments: list[str]) -> int:
+    """Print what a mixture is made of; 2 for what the user can mend."""
+    options = {argument for argument in arguments if argument.startswith("--")}
+    paths = [argument for argument in arguments if argument not in options]
+    if len(paths) != 1 or not options <= {"--all", "--json"}:
+        got = " ".join(arguments) or "nothing"
+        print(f"upcycle: explain: got {got}, expected DIR [--all] [--json]", file=sys.stderr)
+        return 2
+    import json
+
+    from upcycle.explain import explain as read
+
+    try:
+        found = read(paths[0])
+    except (ValueError, OSError) as error:
+        print(f"upcycle: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(found.to_dict(), indent=1) if "--json" in options else found.text("--all" in options))
+    return 0
+
+
 def report(arguments: list[str]) -> int:
     from launch.status import print_reports
 
@@ -63,7 +87,33 @@ def replicates(arguments: list[str]) -> int:
     return print_replicates(arguments)
 
 
-WORDS = {"status": status, "report": report, "replicates": replicates}
+def export(arguments: list[str]) -> int:
+    """Print what was written and why; 2 for what the user can mend."""
+    options = dict(
+        argument[2:].split("=", 1) for argument in arguments if argument.startswith("--") and "=" in argument
+    )
+    paths = [argument for argument in arguments if not argument.startswith("--")]
+    if len(paths) != 2 or len(paths) + len(options) != len(arguments) or not options.keys() <= {"format", "report"}:
+        got = " ".join(arguments) or "nothing"
+        print(f"upcycle: export: got {got}, expected DIR OUT [--format=NAME] [--report=FILE]", file=sys.stderr)
+        return 2
+    from upcycle.exporting import export as write_export
+
+    try:
+        written = write_export(*paths, **options)
+    except (ValueError, OSError) as error:
+        print(f"upcycle: {error}", file=sys.stderr)
+        return 2
+    for reason in written.reasons:
+        print(f"no native class: {reason}")
+    equal = "" if written.difference is None else f"; logits equal within {written.difference:.1e} of the largest"
+    print(f"{written.path}: {written.format}{equal}")
+    for note in written.notes:
+        print(f"note: {note}")
+    return 0
+
+
+WORDS = {"explain": explain, "export": export, "status": status, "report": report, "replicates": replicates}
 
 if __name__ == "__main__":
     main()

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import types
-import typing
-from dataclasses import fields, is_dataclass, replace
-from pathlib import Path
+import re
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from upcycle.config import (
-    ARCHITECTURES,
     STRICT,
     BranchConfig,
     DataConfig,
@@ -24,8 +21,12 @@ from upcycle.config import (
     TrainConfig,
     nearest,
 )
+from upcycle.directories import read_config, resolve, weight_files
+from upcycle.mistakes import in_words
 from upcycle.phases import plan_phases
 
+# Where a setting of every branch or mixture may stand once, for all of them.
+SHARED = {("branches", "train"): "branch", ("mixtures", "train"): "mix", ("mixtures", "assemble"): "assemble"}
 OWN_NAMES = ("seed", "soup", "dense", "oracle")  # what the report calls the models that are neither branch nor mixture
 
 
@@ -50,7 +51,10 @@ class TrackConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Config:
-    """A whole run. `plan`: print the stages and stop. `stage`: compute only that one."""
+    """A whole run. `plan`: print the stages and stop. `stage`: compute only that one.
+
+    `out`: where the one mixture is copied to. `dry_run`: print what the mixtures would be and stop.
+    """
 
     name: str = Field(pattern=r"^[\w.-]*\w$")
     rng_seed: int = Field(ge=0)
@@ -67,6 +71,8 @@ class Config:
     eval: EvalConfig
     launch: LaunchConfig
     track: TrackConfig
+    out: str | None = None
+    dry_run: bool = False
 
     @model_validator(mode="after")
     def _fits_together(self):
@@ -81,6 +87,12 @@ class Config:
             _check_checkpoint(f"branches.{name}.path", branch.path)
         for name, mixture in self.mixtures.items():
             _check_experts(self, name, mixture)
+        if self.out is not None and len(self.mixtures) != 1:
+            names = ", ".join(self.mixtures) or "none"
+            raise ValueError(
+                f"out={self.out}: this experiment makes {len(self.mixtures)} mixtures ({names}), expected exactly one to "
+                "copy there; leave out= out and take them from the store"
+            )
         return self
 
     def runs(self) -> dict[str, TrainConfig]:
@@ -105,6 +117,11 @@ def _check_names(cfg: Config) -> None:
 
 def _check_proportions(cfg: Config, where: str, train: TrainConfig) -> None:
     trained = [name for name, domain in cfg.domains.items() if domain.trained]
+    if not trained:
+        raise ValueError(
+            f"{where}.tokens={train.tokens}, but no domain has text to train on; add one (such as "
+            "+domains@domains.code=code) and its share (+mix.proportions.code=1.0), or set the tokens to 0"
+        )
     for domain in train.proportions:
         if domain not in trained:
             raise ValueError(
@@ -128,36 +145,32 @@ def _check_dense(cfg: Config) -> None:
     if cfg.dense is None:
         return
     tokens = sum(b.train.steps * b.train.batch_tokens for b in cfg.branches.values() if b.train)
-    tokens += max((m.train.steps * m.train.batch_tokens for m in cfg.mixtures.values()), default=0)
+    mixtures = [mixture.train for mixture in cfg.mixtures.values() if mixture.train]
+    tokens += max((train.steps * train.batch_tokens for train in mixtures), default=0)
     if tokens == 0:
         raise ValueError("dense: no branch or mixture is trained, so there are no tokens to match; set dense=null")
     plan_phases(replace(cfg.dense, tokens=tokens), "dense")
 
 
 def _check_checkpoint(where: str, path: str | None) -> None:
-    """A checkpoint is a directory with a config.json of a supported family."""
+    """A checkpoint is a directory, or a name on the Hub, of a model with plain weights in safetensors."""
     if path is None:
         return
-    config = Path(path) / "config.json"
-    if not config.is_file():
-        raise ValueError(
-            f"{where}={path}: no {config} here, expected a Hugging Face model directory (names on the hub are not "
-            "supported yet); download it first (huggingface-cli download) and give the directory"
-        )
     try:
-        family = json.loads(config.read_text())["model_type"]
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
-        raise ValueError(
-            f"{where}={path}: {config} names no model_type, expected a Hugging Face config; save the model again"
-        ) from None
-    if family not in ARCHITECTURES:
-        raise ValueError(
-            f"{where}={path}: model_type={family!r} is not supported, expected one of {', '.join(ARCHITECTURES)}; "
-            "choose such a model, or describe its parts in upcycle/families.py"
-        )
+        directory = resolve(path)
+        read_config(directory)
+        weight_files(directory)
+    except ValueError as error:
+        named = str(error).startswith(f"{path}: ")  # it says what was given itself
+        raise ValueError(f"{where}={error}" if named else f"{where}={path}: {error}") from None
 
 
 def _check_experts(cfg: Config, name: str, mixture: MixtureConfig) -> None:
+    if not cfg.branches:
+        raise ValueError(
+            f"mixtures.{name} has no branch to be made of, expected at least one; give it as branches.NAME.path=DIR "
+            "with a name of your choice"
+        )
     experts, router = len(cfg.branches) + mixture.assemble.include_seed, mixture.assemble.router
     if router.kind == "top_k" and router.top_k > experts:
         raise ValueError(
@@ -177,71 +190,86 @@ def merged(defaults: dict, overrides: dict | None) -> dict:
 
 
 def build(raw: dict[str, Any]) -> Config:
-    """The run's settings. `branch` holds what branches share, `mix` what mixtures share.
+    """The run's settings. `branch` holds what branches share; `mix` and `assemble` what mixtures share.
 
-    Raises ValueError, naming the key's path and the nearest valid names.
+    Training on 0 tokens is no training. Raises ValueError, naming the key's path and the nearest valid names.
     """
     raw = dict(raw)
-    branch, mix = raw.pop("branch", {}), raw.pop("mix", {})
-    for key, defaults in (("branches", branch), ("mixtures", mix)):
-        found = raw.get(key) or {}
-        for name, item in found.items():
-            if item.get("path") and item.get("train"):
-                raise ValueError(
-                    f"{key}.{name}: got path={item['path']} and train, expected exactly one of them; set {key}.{name}.train=null "
-                    "to take the checkpoint as it is"
-                )
-        raw[key] = {
-            name: item if item.get("path") else item | {"train": merged(defaults, item.get("train"))}
-            for name, item in found.items()
-        }
+    shared = {key: dict(raw.pop(key, None) or {}) for key in SHARED.values()}
+    own = {key: raw.get(key) or {} for key in ("branches", "mixtures")}
+    for key, items in own.items():
+        if not isinstance(items, dict):
+            raise ValueError(f"{key}={items}: expected settings by name; give each as {key}.NAME.KEY=VALUE")
+    raw["dry_run"] = shared["assemble"].pop("dry_run", False)
+    raw["branches"] = {name: _branch(name, item, shared["branch"]) for name, item in own["branches"].items()}
+    raw["mixtures"] = {name: _mixture(item, shared) for name, item in own["mixtures"].items()}
     if raw.get("dense") is not None:
-        for key in ("tokens", "proportions"):
-            if key in raw["dense"]:
-                raise ValueError(
-                    f"dense.{key}={raw['dense'][key]}: the dense continuation gets the tokens of all branches and the longest "
-                    f"mixture, domain by domain, so that the comparison is fair; leave dense.{key} out"
-                )
-        shares = {"proportions": mix.get("proportions")}  # a placeholder: the recipe works out the matched ones
-        raw["dense"] = merged(branch | shares, raw["dense"])
+        raw["dense"] = _dense(raw["dense"], shared)
     try:
         return TypeAdapter(Config).validate_json(json.dumps(raw), strict=True)
     except ValidationError as error:
-        raise ValueError("\n".join(_explain(one) for one in error.errors())) from None
+        lines = [_as_written(line, own, shared) for line in in_words(Config, error)]
+        raise ValueError("\n".join(dict.fromkeys(lines))) from None
 
 
-def _explain(error: Any) -> str:
-    path = [str(part) for part in error["loc"] if part != "[key]"]
-    where = ".".join(path)
-    if error["type"] == "unexpected_keyword_argument":
-        names = field_names(Config, path[:-1])
-        return f"{where}: unknown key{nearest(path[-1], names)} Valid here: {', '.join(names)}"
-    if error["type"] in ("missing", "missing_keyword_only_argument", "missing_argument"):
-        return f"{where}: missing; give it a value"
-    message = error["msg"].removeprefix("Value error, ")
-    given = "" if error["type"] == "value_error" else f" (got {error['input']!r})"
-    return f"{where}: {message}{given}" if where else message
+def _branch(name: str, item: Any, defaults: dict) -> Any:
+    if not isinstance(item, dict):
+        return item  # pydantic names it
+    if item.get("path") and item.get("train"):
+        raise ValueError(
+            f"branches.{name}: got path={item['path']} and train, expected exactly one of them; set "
+            f"branches.{name}.train=null to take the checkpoint as it is"
+        )
+    return item if item.get("path") else item | {"train": _trained(defaults, item)}
 
 
-def field_names(kind: Any, path: list[str]) -> list[str]:
-    """Names of the fields of the dataclass at `path` below `kind`; empty if there is none."""
+def _mixture(item: Any, shared: dict[str, dict]) -> Any:
+    if not isinstance(item, dict):
+        return item
+    if shared["assemble"]:
+        item = item | {"assemble": merged(shared["assemble"], item.get("assemble"))}
+    return item | {"train": _trained(shared["mix"], item)}
+
+
+def _trained(defaults: dict, item: dict) -> dict | None:
+    train = merged(defaults, item.get("train"))
+    return None if train.get("tokens") == 0 else train
+
+
+def _dense(dense: dict, shared: dict[str, dict]) -> dict:
+    for key in ("tokens", "proportions"):
+        if key in dense:
+            raise ValueError(
+                f"dense.{key}={dense[key]}: the dense continuation gets the tokens of all branches and the longest "
+                f"mixture, domain by domain, so that the comparison is fair; leave dense.{key} out"
+            )
+    shares = {"proportions": shared["mix"].get("proportions")}  # a placeholder: the recipe works out the matched ones
+    return merged(shared["branch"] | shares, dense)
+
+
+def _as_written(line: str, own: dict[str, dict], shared: dict[str, dict]) -> str:
+    """A message about mixtures.NAME.train.KEY, as one about the key that the user wrote: mix.KEY, if it came from there."""
+    found = re.match(r"(branches|mixtures)\.([^.]+)\.(train|assemble)(?:\.(\w+(?:\.\w+)*))?(?!\w)", line)
+    if found is None or (found[1], found[3]) not in SHARED:
+        return line
+    key, rest = SHARED[found[1], found[3]], found[4]
+    item = own[found[1]][found[2]].get(found[3]) or {}
+    # A message about a whole run names the settings that clash.
+    mine = _holds(item, rest.split(".")) if rest else any(re.search(rf"\b{name}\b", line) for name in item)
+    if mine or not shared[key]:
+        return line
+    return (f"{key}.{rest}" if rest else key) + line[found.end() :]
+
+
+def _holds(item: dict, path: list[str]) -> bool:
+    """Whether the value at `path` is this dict's own; `merged` replaces lists and `proportions` whole."""
+    node: Any = item
     for part in path:
-        kind = _unwrap(kind, part)
-    kind = _unwrap_optional(kind)
-    return [field.name for field in fields(kind)] if is_dataclass(kind) else []
-
-
-def _unwrap_optional(kind: Any) -> Any:
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return next((part for part in typing.get_args(kind) if part is not type(None)), kind)
-    return kind
-
-
-def _unwrap(kind: Any, part: str) -> Any:
-    kind = _unwrap_optional(kind)
-    if is_dataclass(kind):
-        return typing.get_type_hints(kind).get(part, Any)
-    arguments = typing.get_args(kind)
-    if typing.get_origin(kind) is dict:
-        return arguments[1]
-    return arguments[0] if arguments else Any
+        if not isinstance(node, dict):
+            return True
+        if part not in node:
+            return False
+        if part == "proportions":
+            return True
+        node = node[part]
+    return True

@@ -3,34 +3,40 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from launch.config import Config, build, nearest
-from launch.plan import print_plan
+from launch.overrides import CONF, check_package, explained, rewritten, swept_keys
+from launch.plan import check_sources, print_dry_run, print_plan
 from launch.recipes import Experiment, upcycle
-from upcycle.durable import write_json
-from upcycle.store import Artifact, Store
+from upcycle.directories import check_room
+from upcycle.durable import atomic_directory, write_json
+from upcycle.explain import explain
+from upcycle.store import RECORD, Artifact, Store
 
 ROOT = Path(__file__).resolve().parent.parent
-CONF = ROOT / "conf"
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def compose(raw: DictConfig) -> None:
-    plain: Any = OmegaConf.to_container(raw, resolve=True, throw_on_missing=True)
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        _announce_job()
     try:
+        check_package(raw)
+        plain: Any = OmegaConf.to_container(raw, resolve=True, throw_on_missing=True)
         run(build(plain), Path(HydraConfig.get().runtime.output_dir))
     except KeyboardInterrupt:
         print("\nupcycle: stopped; the same command goes on from there", file=sys.stderr)
@@ -38,7 +44,14 @@ def compose(raw: DictConfig) -> None:
     except Exception as error:  # a user wants a line, and says so when they want the frames
         if os.environ.get("UPCYCLE_TRACEBACK"):
             raise
-        sys.exit(_fail(one_line(error)))
+        sys.exit(_fail(error))
+
+
+def _announce_job() -> None:
+    """One line for each run of a sweep: what sets it apart."""
+    job = HydraConfig.get()
+    swept = swept_keys(sys.argv[1:])
+    print(f"\nrun {job.job.num}: {' '.join(one for one in job.overrides.task if one.split('=')[0] in swept)}")
 
 
 def run(cfg: Config, out: Path) -> None:
@@ -46,9 +59,11 @@ def run(cfg: Config, out: Path) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, 120)  # a pipe has no width; tables must not lose their units in it
+    _prepare_environment()
     experiment = upcycle(cfg, Store(cfg.artifacts))
     if cfg.plan:
         print_plan(experiment, console)
+        _drop_empty(out)
         return
     stages = list(experiment.store.stages.values())
     if cfg.stage is not None:
@@ -56,10 +71,30 @@ def run(cfg: Config, out: Path) -> None:
             names = list(experiment.store.stages)
             raise ValueError(f"stage={cfg.stage}: no such stage{nearest(cfg.stage, names)} Stages: {', '.join(names)}")
         stages = [experiment.store.stages[cfg.stage]]
+    check_destination(cfg, experiment)
+    if cfg.dry_run:
+        print_dry_run(experiment, console)
+        _drop_empty(out)
+        return
+    check_sources(stages, console)
     write_manifest(cfg, experiment, out)  # first, so that `upcycle status` sees a run in progress
     compute(cfg, experiment.store, stages, console)
-    if experiment.report.finished:
+    if experiment.report is not None and experiment.report.finished:
         show_report(experiment.report, out, console)
+    if experiment.report is None or cfg.out is not None:
+        for name, mixture in experiment.mixtures.items():
+            if mixture.finished:
+                deliver(name, mixture, cfg.out, console)
+
+
+def _prepare_environment() -> None:
+    """What torch and others read when they are imported."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not Path("/dev/nvidia0").exists():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where it is installed, deepspeed would announce its guess
+    # GNU OpenMP's waiting threads spin for long by default, which made a step ten times slower beside another busy
+    # process; this short a spin is as fast on an idle machine.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def compute(cfg: Config, store: Store, stages: list[Artifact], console: Console) -> None:
@@ -68,6 +103,7 @@ def compute(cfg: Config, store: Store, stages: list[Artifact], console: Console)
 
     missing = [stage for stage in stages if not stage.finished]
     if missing:
+        check_room(store.root)
         _prepare_process(cfg, console)
     tracker = Tracker(cfg, console)
     for stage in stages:
@@ -95,17 +131,11 @@ def _silent() -> Any:
 
 def _prepare_process(cfg: Config, console: Console) -> None:
     """Allocator and threads; before torch allocates."""
-    from upcycle.machine import keep_freed_memory
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not Path("/dev/nvidia0").exists():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where it is installed, deepspeed would announce its guess
-    # GNU OpenMP's waiting threads spin for long by default, which made a step ten times slower beside another busy
-    # process; this short a spin is as fast on an idle machine.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     import datasets
     import torch
     from transformers.utils import logging
+
+    from upcycle.machine import keep_freed_memory
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # ours says more
@@ -129,6 +159,48 @@ def write_manifest(cfg: Config, experiment: Experiment, out: Path) -> None:
     (out / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain)))
 
 
+def _drop_empty(out: Path) -> None:
+    """Hydra makes a run's directory before there is anything for it."""
+    with suppress(OSError):
+        out.rmdir()
+        out.parent.rmdir()
+
+
+def check_destination(cfg: Config, experiment: Experiment) -> None:
+    """Raises ValueError: `out` cannot be written to, or has something in it that is not this very mixture."""
+    if cfg.out is None:
+        return
+    (mixture,) = experiment.mixtures.values()
+    out = Path(cfg.out).expanduser()
+    if _holds(out, mixture):
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"out={out} exists already and is not an empty directory; name one that is, or a new one")
+    check_room(out)
+
+
+def _holds(out: Path, mixture: Artifact) -> bool:
+    """Whether an earlier run has put this mixture there."""
+    import json
+
+    try:
+        return json.loads((out / RECORD).read_text())["key"] == mixture.key
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def deliver(name: str, mixture: Artifact, destination: str | None, console: Console) -> None:
+    """Say where a mixture is and what it is; copy it to its destination, whole or not at all."""
+    where = mixture.path
+    if destination is not None:
+        where = Path(destination).expanduser()
+        if not _holds(where, mixture):
+            with atomic_directory(where) as partial:
+                shutil.copytree(mixture.path, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoints"))
+    console.print(explain(where).summary(), highlight=False, markup=False, soft_wrap=True)
+    console.print(f"\n{name}: {where}", highlight=False, markup=False, soft_wrap=True)
+
+
 def show_report(report: Artifact, out: Path, console: Console) -> None:
     """Copy the report to the run's directory and print its table."""
     import json
@@ -149,12 +221,12 @@ def main() -> None:
     """Run, and turn what a user can cause into one clear message and exit status 2."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through to here
     try:
+        sys.argv[1:] = rewritten(sys.argv[1:])
         compose()
-    except (HydraException, OmegaConfBaseException, OSError) as error:
+    except Exception as error:  # a settings file may also be no YAML at all
         if os.environ.get("UPCYCLE_TRACEBACK"):
             raise
-        hydras = isinstance(error, HydraException | OmegaConfBaseException)  # some of them are OSErrors too
-        sys.exit(_fail(explain_override(str(error)) if hydras else one_line(error)))
+        sys.exit(_fail(error))
 
 
 def one_line(error: Exception) -> str:
@@ -166,30 +238,10 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error} (UPCYCLE_TRACEBACK=1 shows where)"
 
 
-def _fail(message: str) -> int:
-    print(f"upcycle: {message}", file=sys.stderr)
+def _fail(error: Exception) -> int:
+    hydras = isinstance(error, HydraException | OmegaConfBaseException)
+    print(f"upcycle: {explained(error) if hydras else one_line(error)}", file=sys.stderr)
     return 2
-
-
-def explain_override(message: str) -> str:
-    """Hydra's complaint about an override, with the names that would have been valid there."""
-    found = re.search(r"full_key: (\S+)", message) or re.search(r"override '([^']+)'", message)
-    if found is None:
-        return message
-    path = found.group(1).split(".")
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        experiments = [argument for argument in sys.argv[1:] if argument.startswith("experiment=")]
-        try:
-            node: Any = hydra.compose("config", overrides=experiments)
-        except (HydraException, OmegaConfBaseException):
-            return message
-    for depth, part in enumerate(path):
-        names = [str(key) for key in node] if isinstance(node, DictConfig) else []
-        if part not in names:
-            where = ".".join(path[: depth + 1])
-            return f"{where}: unknown key{nearest(part, names)} Valid here: {', '.join(names)}" if names else message
-        node = node[part]
-    return message
 
 
 if __name__ == "__main__":

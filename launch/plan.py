@@ -1,12 +1,17 @@
-"""`upcycle plan=true`: every stage with its state and what it will cost, computing nothing."""
+"""Before a run: `plan=true`, every stage with its state and cost; `assemble.dry_run=true`, what the mixtures would be
+made of; and, always, whether the checkpoints that were brought along fit together."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from launch.recipes import Experiment
 from upcycle.cost import Shape
+from upcycle.explain import explain_plan
+from upcycle.stages import assemble_moe, import_model
 from upcycle.store import Artifact
 
 
@@ -54,3 +59,67 @@ def print_plan(experiment: Experiment, console: Console) -> None:
         f"\n{done} of {len(experiment.store.stages)} stages done; {human(total)} training FLOPs left. Bytes: weights, "
         "gradients and optimizer state of training stages, weights of the others; activations come on top."
     )
+
+
+def sources(assembly: Artifact) -> dict[str, Path]:
+    """The checkpoints of a mixture that are there already, the seed first: brought along, or made by an earlier run."""
+    found = {}
+    for name, stage in {"seed": assembly.inputs["seed"], **assembly.inputs["branches"]}.items():
+        if stage.function is import_model:
+            found[name] = Path(stage.outside["path"])
+        elif stage.finished:
+            found[name] = stage.path
+    return found
+
+
+def check_sources(stages: list[Artifact], console: Console) -> None:
+    """Compare checkpoints that were brought along before anything is copied, trained or assembled.
+
+    Raises ValueError: see `assembly.write_mixture`.
+    """
+    for assembly in (stage for stage in stages if stage.function is assemble_moe and not stage.finished):
+        found = sources(assembly)
+        new = [stage for stage in assembly.parents() if stage.function is import_model and not stage.finished]
+        if not new or "seed" not in found or len(found) < 2:
+            continue
+        seed, branches = found.pop("seed"), found
+        if len(branches) == len(assembly.inputs["branches"]):
+            notes = explain_plan(seed, branches, assembly.config).notes
+        else:
+            notes = _compared(seed, branches)
+        console.print(f"{assembly.name}: {len(branches) + 1} checkpoints fit together", highlight=False)
+        for note in notes:
+            console.print(f"  note: {note}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _compared(seed: Path, branches: dict[str, Path]) -> list[str]:
+    """What differs and is allowed between checkpoints that are not all of a mixture's; see `explain_plan`."""
+    from upcycle.checkpoint import Checkpoint
+    from upcycle.preflight import check_alike
+    from upcycle.relatedness import check_related
+
+    first, others = Checkpoint(seed), {name: Checkpoint(path) for name, path in branches.items()}
+    return check_alike(first, others) + check_related(first, others).warnings
+
+
+def print_dry_run(experiment: Experiment, console: Console) -> None:
+    """What every mixture would be made of, after the checks that come before writing it; nothing is written.
+
+    Raises ValueError: a branch that is still to be trained; see `assembly.write_mixture`.
+    """
+    for name in experiment.mixtures:
+        assembly = experiment.store.stages[f"assemble/{name}"]
+        found = sources(assembly)
+        missing = [
+            stage.name for stage in assembly.parents() if not stage.finished and stage.function is not import_model
+        ]
+        if missing:
+            raise ValueError(
+                f"assemble.dry_run=true: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not trained yet, expected "
+                f"checkpoints to look at; run stage={missing[0]} first, or give a path in its place"
+            )
+        seed, branches = found.pop("seed"), found
+        console.print(
+            explain_plan(seed, branches, assembly.config, f"would be written to {assembly.path}").text(),
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip

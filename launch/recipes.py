@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from evals.stages import compare_models, evaluate_model
@@ -12,6 +12,7 @@ from upcycle.batches import consumed_tokens
 from upcycle.config import TrainConfig
 from upcycle.cost import Shape
 from upcycle.directories import fingerprint as model_fingerprint
+from upcycle.directories import resolve
 from upcycle.documents import fingerprint
 from upcycle.stages import (
     assemble_moe,
@@ -38,20 +39,22 @@ class Lineage:
     flops: float | None = 0.0
     stages: list[list[str]] = field(default_factory=list)
 
-    def trained(self, config: TrainConfig, stages: list[str], shape: Shape | None = None) -> Lineage:
+    def trained(self, config: TrainConfig, stages: list[str]) -> Lineage:
         """This lineage after one more training run of `config.steps` steps."""
-        shape, tokens = shape or self.shape, config.steps * config.batch_tokens
-        flops = tokens * shape.train_flops_per_token(config.sequence_length)
-        return Lineage(shape, _sum(self.tokens, tokens), _sum(self.flops, flops), [*self.stages, stages])
+        tokens = config.steps * config.batch_tokens
+        flops = tokens * self.shape.train_flops_per_token(config.sequence_length)
+        return Lineage(self.shape, _sum(self.tokens, tokens), _sum(self.flops, flops), [*self.stages, stages])
 
 
 @dataclass
 class Experiment:
-    """The stages of a run in order (`store.stages`), every model's lineage by stage name, and the report's stage."""
+    """The stages of a run in order (`store.stages`), every model's lineage by stage name, the mixtures as they end up
+    (trained, if they are), and the report's stage; without domains there is nothing to measure on, and no report."""
 
     store: Store
     lineages: dict[str, Lineage]
-    report: Artifact
+    mixtures: dict[str, Artifact]
+    report: Artifact | None
 
 
 def upcycle(cfg: Config, store: Store) -> Experiment:
@@ -82,25 +85,41 @@ def upcycle(cfg: Config, store: Store) -> Experiment:
 
     for name, mixture in cfg.mixtures.items():
         assembled = store.stage(f"assemble/{name}", assemble_moe, mixture.assemble, seed=seed, branches=branches)
-        models[name] = _train(store, f"mix/{name}", mixture.train, used, assembled, data)
         shape = lineages["seed"].shape.assembled(mixture.assemble, len(branches) + mixture.assemble.include_seed)
-        start = replace(together, stages=[*together.stages, [f"assemble/{name}"]])
-        kinds[name], lineages[name] = mixture.kind, start.trained(mixture.train, [f"mix/{name}"], shape)
+        start = replace(together, shape=shape, stages=[*together.stages, [f"assemble/{name}"]])
+        models[name], kinds[name], lineages[name] = assembled, mixture.kind, start
+        if mixture.train is not None:
+            models[name] = _train(store, f"mix/{name}", mixture.train, used, assembled, data)
+            lineages[name] = start.trained(mixture.train, [f"mix/{name}"])
 
     if cfg.dense is not None:
         dense = _dense(cfg)
         models["dense"] = _train(store, "dense", dense, seed_used, seed, data)
         kinds["dense"], lineages["dense"] = "dense", lineages["seed"].trained(dense, ["dense"])
 
+    mixtures = {name: models[name] for name in cfg.mixtures}
+    return Experiment(store, lineages, mixtures, _measured(cfg, store, models, kinds, lineages, data))
+
+
+def _measured(
+    cfg: Config,
+    store: Store,
+    models: dict[str, Artifact],
+    kinds: dict[str, str],
+    lineages: dict[str, Lineage],
+    data: dict[str, Artifact],
+) -> Artifact | None:
+    """Every model on every domain, and the report that compares them; None without domains."""
+    if not data:
+        return None
     measured = replace(cfg.eval, bootstrap_samples=0)  # the report's business
     evaluations = {
         name: store.stage(f"eval/{name}", evaluate_model, measured, model=model, data=data)
         for name, model in models.items()
     }
-    rows = [_row(cfg, name, kinds[name], lineages[name]) for name in models]
     settings = {
         "experiment": cfg.name,
-        "rows": rows,
+        "rows": [_row(cfg, name, kinds[name], lineages[name]) for name in models],
         "domains": {name: domain.trained for name, domain in cfg.domains.items()},
         "baseline": "dense" if cfg.dense is not None else None,
         "settings": {
@@ -109,8 +128,7 @@ def upcycle(cfg: Config, store: Store) -> Experiment:
         },
         "eval": cfg.eval,
     }
-    report = store.stage("report", compare_models, settings, evaluations=evaluations, stages=dict(store.stages))
-    return Experiment(store, lineages, report)
+    return store.stage("report", compare_models, settings, evaluations=evaluations, stages=dict(store.stages))
 
 
 def _data(cfg: Config, store: Store, tokenizer: Artifact | None = None) -> tuple[dict[str, Artifact], Artifact]:
@@ -142,7 +160,8 @@ def _seed(cfg: Config, store: Store, tokenizer: Artifact | None, data: dict[str,
 
 
 def _imported(store: Store, name: str, path: str) -> Artifact:
-    return store.stage(name, import_model, None, model_fingerprint(Path(path)), {"path": path})
+    directory = resolve(path)
+    return store.stage(name, import_model, None, model_fingerprint(directory), {"path": str(directory)})
 
 
 def _train(
@@ -183,8 +202,8 @@ def _dense(cfg: Config) -> TrainConfig:
     """Dense continuation: one model on as many tokens of each domain as branches and (the longest) mixture together."""
     assert cfg.dense is not None
     runs = [branch.train for branch in cfg.branches.values() if branch.train]
-    if cfg.mixtures:
-        runs.append(max((mixture.train for mixture in cfg.mixtures.values()), key=lambda train: train.tokens))
+    if mixtures := [mixture.train for mixture in cfg.mixtures.values() if mixture.train]:
+        runs.append(max(mixtures, key=lambda train: train.tokens))
     tokens: dict[str, int] = {}
     for run in runs:
         tokens = _add(tokens, _consumed(run))
@@ -194,11 +213,8 @@ def _dense(cfg: Config) -> TrainConfig:
 
 def _seed_lineage(cfg: Config) -> Lineage:
     if cfg.seed.path is not None:
-        import json
-
-        return Lineage(
-            Shape.of_config(json.loads((Path(cfg.seed.path) / "config.json").read_text())), stages=[["seed"]]
-        )
+        config = json.loads((resolve(cfg.seed.path) / "config.json").read_text())
+        return Lineage(Shape.of_config(config), stages=[["seed"]])
     assert cfg.seed.train is not None and cfg.seed.tokenizer is not None
     sizes = {**cfg.seed.sizes, "model_type": cfg.seed.architecture, "vocab_size": cfg.seed.tokenizer.vocab_size}
     return Lineage(Shape.of_config(sizes)).trained(cfg.seed.train, ["seed"])

@@ -51,7 +51,9 @@ def print_status(arguments: list[str]) -> int:
 
 def _report(run: Path) -> dict:
     if not (run / "report.json").is_file():
-        raise ValueError(f"{run}: no report.json yet; run it to its end first (`upcycle status`)")
+        raise ValueError(
+            f"{run}: no report.json yet; run it to its end first (`upcycle status`); a run without domains has none"
+        )
     return json.loads((run / "report.json").read_text())
 
 

@@ -192,7 +192,7 @@ def attention_with_shared_kv(own: nn.Module, shared: nn.Module) -> dict[str, Ten
     own_parameters, shared_parameters = dict(own.named_parameters()), dict(shared.named_parameters())
     mixed = {}
     for name, parameter in own_parameters.items():
-        if name.startswith(("k_proj", "v_proj")):
+        if name.startswith(("k_proj", "v_proj", "k_norm", "k_layernorm")):
             mixed[name] = shared_parameters[name]
         elif name.startswith("query_key_value"):  # GPT-NeoX: rows head by head, each head's query, key, value
             rows, size = [], own.head_size
@@ -200,9 +200,60 @@ def attention_with_shared_kv(own: nn.Module, shared: nn.Module) -> dict[str, Ten
                 rows.append(parameter[start : start + size])
                 rows.append(shared_parameters[name][start + size : start + 3 * size])
             mixed[name] = torch.cat(rows)
+        elif name.startswith("qkv_proj"):  # Phi-3: all query rows, then all key rows, then all value rows
+            queries = own.o_proj.weight.shape[1]
+            mixed[name] = torch.cat([parameter[:queries], shared_parameters[name][queries:]])
+        elif name.startswith("c_attn"):  # GPT-2: the same, in columns; its biases are 1-D
+            queries = own.c_proj.weight.shape[0]
+            mixed[name] = torch.cat([parameter[..., :queries], shared_parameters[name][..., queries:]], dim=-1)
         else:
             mixed[name] = parameter
     return mixed
+
+
+class FamilyMixture:
+    """The mixture of any family's dense models, in float64: the averaged model's own layers, sublayers as explicit sums.
+
+    parts(model): each layer's (attention, MLP). attention_routers: None leaves the averaged attention ("merged").
+    """
+
+    def __init__(self, models, parts, ffn_routers, attention_routers, k, kv="expert"):
+        self.experts = [copy.deepcopy(model).double() for model in models]
+        self.rest = average(self.experts)
+        for model in [self.rest, *self.experts]:
+            model.set_attn_implementation("eager")
+        self.ffn_routers = [w.detach().double().clone().requires_grad_() for w in ffn_routers]
+        self.attention_routers = [w.detach().double().clone().requires_grad_() for w in attention_routers or []]
+        self.k, self.kv = k, kv
+        layers = zip(parts(self.rest), *[parts(expert) for expert in self.experts], strict=True)
+        for index, ((attention, mlp), *experts) in enumerate(layers):
+            mlp.forward = self._feed_forward(index, [one for _, one in experts])
+            if self.attention_routers:
+                attention.forward = self._attend(index, attention, [one for one, _ in experts])
+
+    def logits(self, input_ids: Tensor) -> Tensor:
+        return self.rest(input_ids, use_cache=False).logits
+
+    def _feed_forward(self, index: int, mlps: list[nn.Module]):
+        def forward(x: Tensor) -> Tensor:
+            tokens = x.flatten(0, 1)
+            _, decisions = route(tokens, self.ffn_routers[index], "topk_softmax", self.k, "none")
+            return moe_feed_forward(tokens, decisions, mlps).view_as(x)
+
+        return forward
+
+    def _attend(self, index: int, shared: nn.Module, attentions: list[nn.Module]):
+        def forward(*args, **kwargs):
+            x = args[0] if args else kwargs.pop("hidden_states")
+
+            def expert(own):
+                own_kv = dict(own.named_parameters())
+                parameters = attention_with_shared_kv(own, shared) if self.kv == "shared" else own_kv
+                return lambda x: functional_call(own, parameters, (x, *args[1:]), kwargs)[0]
+
+            return soft_mixture_of_attention(x, self.attention_routers[index], [expert(a) for a in attentions]), None
+
+        return forward
 
 
 class ReferenceMixture:

@@ -10,8 +10,8 @@ import tiny
 import torch
 from transformers import DynamicCache
 
-from upcycle.attention import join_fused, split_fused, stack_heads, unstack_heads
-from upcycle.families import family_of
+from upcycle.attention import stack_heads, unstack_heads
+from upcycle.families import family_of, join_fused, split_fused
 
 KV = ("expert", "shared")
 IMPLEMENTATIONS = ("sdpa", "eager")
@@ -46,11 +46,21 @@ def test_heads_that_share_a_key_value_head_are_neighbours():
 
 
 @pytest.mark.parametrize("shape", [(24, 5), (24,)])
-def test_fused_projection_splits_into_query_and_key_value_rows(shape):
-    fused = torch.randn(shape)  # 4 heads of size 2
-    query, key_value = split_fused(fused, 4)
-    torch.testing.assert_close(join_fused(query, key_value, 4), fused, rtol=0, atol=0)
-    assert torch.equal(query[2:4], fused[6:8]) and torch.equal(key_value[4:8], fused[8:12])
+def test_interleaved_projection_splits_into_query_key_and_value_rows(shape):
+    config = tiny.dense_config("gpt_neox", hidden_size=8)  # 4 heads of size 2
+    fused = torch.randn(shape)
+    parts = split_fused(fused, family_of(config), config)
+    torch.testing.assert_close(join_fused(parts, family_of(config), config), fused, rtol=0, atol=0)
+    assert torch.equal(parts["query"][2:4], fused[6:8]) and torch.equal(parts["value"][2:4], fused[10:12])
+
+
+@pytest.mark.parametrize("shape", [(16, 5), (16,)])
+def test_block_projection_splits_into_query_key_and_value_rows(shape):
+    config = tiny.dense_config("family/phi3", hidden_size=8)  # 4 query heads and 2 key/value heads of size 2
+    fused = torch.randn(shape)
+    parts = split_fused(fused, family_of(config), config)
+    torch.testing.assert_close(join_fused(parts, family_of(config), config), fused, rtol=0, atol=0)
+    assert torch.equal(parts["key"], fused[8:12]) and torch.equal(parts["value"], fused[12:16])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
+from huggingface_hub.constants import HF_HUB_CACHE
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -89,13 +90,32 @@ MISTAKES = {
     ),
     "seed on the hub": (
         IMPORTED | {"seed.path": "meta/llama", "seed.train": None},
-        "seed.path=meta/llama: no meta/llama/config.json here, expected a Hugging Face model directory (names on the hub "
-        "are not supported yet); download it first (huggingface-cli download) and give the directory",
+        f"seed.path=meta/llama: no directory {Path('meta/llama').absolute()}, and the Hub's model meta/llama is not whole in "
+        f"the cache {HF_HUB_CACHE} and was not downloaded (HF_HUB_OFFLINE=1 forbids downloads); check the name, or fetch it "
+        "where the Hub can be reached (hf download meta/llama)",
     ),
-    "branch on the hub": (
+    "branch that is nowhere": (
         {"branches.code": {"path": "code-llama"}},
-        "branches.code.path=code-llama: no code-llama/config.json here, expected a Hugging Face model directory (names on "
-        "the hub are not supported yet); download it first (huggingface-cli download) and give the directory",
+        "branches.code.path=code-llama: no such directory, and not the name of a model on the Hub (org/name or "
+        "org/name@revision); check the path",
+    ),
+    "branches without names": (
+        {"branches": ["here"]},
+        "branches=['here']: expected settings by name; give each as branches.NAME.KEY=VALUE",
+    ),
+    "branch without settings": (
+        {"branches.code": "here"},
+        "branches.code: Input should be an object (got 'here')",
+    ),
+    "mixture of nothing": (
+        {"branches": {}},
+        "mixtures.btx has no branch to be made of, expected at least one; give it as branches.NAME.path=DIR with a name of "
+        "your choice",
+    ),
+    "several mixtures for one directory": (
+        {"out": "moe"},
+        "out=moe: this experiment makes 5 mixtures (btx, btx_top1, btx_random, bam, bam_shared_kv), expected exactly one to "
+        "copy there; leave out= out and take them from the store",
     ),
     "branch of two origins": (
         {"branches.code.path": "here"},
@@ -104,7 +124,40 @@ MISTAKES = {
     ),
     "phase longer than the run": (
         {"mix.phases": [{"steps": 17}, {}]},
-        f"mixtures.btx.train.phases[0] takes 17 steps, but 16 of 16 are left for it; {REST}",
+        f"mix.phases[0] takes 17 steps, but 16 of 16 are left for it; {REST}",
+    ),
+    "phase of one mixture longer than the run": (
+        {"mixtures.bam.train.phases": [{"steps": 17}, {}]},
+        f"mixtures.bam.train.phases[0] takes 17 steps, but 16 of 16 are left for it; {REST}",
+    ),
+    "shared rate of branches": (
+        {"branch.lr": "fast"},
+        "branch.lr: Input should be a valid number (got 'fast')",
+    ),
+    "shared rate of mixtures but one": (
+        {"mix.lr": "fast", "mixtures.bam.train.lr": 1e-3},
+        "mix.lr: Input should be a valid number (got 'fast')",
+    ),
+    "rate of one branch": (
+        {"branches.law.train.lr": "fast"},
+        "branches.law.train.lr: Input should be a valid number (got 'fast')",
+    ),
+    "shared rounding of batches": (
+        {"mix.batch_sequences": 7},
+        "mix: batch_sequences=7 is not a multiple of micro_batch_sequences=4; make it one",
+    ),
+    "batches of one mixture": (
+        {"mixtures.bam.train.batch_sequences": 7, "mixtures.bam.train.lr": 1e-3},
+        "mixtures.bam.train: batch_sequences=7 is not a multiple of micro_batch_sequences=4; make it one",
+    ),
+    "shared share of an unknown domain": (
+        {"mix.proportions": {"cod": 1.0}},
+        "mix.proportions names 'cod', expected one of the trained domains (code, law, math, general); did you mean code?",
+    ),
+    "share of an unknown domain in one mixture": (
+        {"mixtures.bam.train.proportions": {"cod": 1.0}},
+        "mixtures.bam.train.proportions names 'cod', expected one of the trained domains (code, law, math, general); did you "
+        "mean code?",
     ),
     "seed's last phase too short": (
         {"seed.train.phases": [{"steps": 10}, {"steps": 10}]},
@@ -190,22 +243,17 @@ def test_a_mixture_needs_a_name_of_its_own(name, owner):
     [
         ("{}", "names no model_type, expected a Hugging Face config; save the model again"),
         ("nonsense", "names no model_type, expected a Hugging Face config; save the model again"),
-        (
-            json.dumps({"model_type": "bert"}),
-            "model_type='bert' is not supported, expected one of gpt_neox, llama; choose such a model, or describe its "
-            "parts in upcycle/families.py",
-        ),
     ],
 )
-def test_a_checkpoint_of_an_unsupported_kind_is_refused(tmp_path, config, message):
+def test_a_directory_without_a_models_config_is_refused(tmp_path, config, message):
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(ValueError) as error:
         build(settings({"branches.code": {"path": str(tmp_path)}}))
-    found = "" if message.startswith("model_type") else f"{tmp_path / 'config.json'} "
-    assert str(error.value) == f"branches.code.path={tmp_path}: {found}{message}"
+    assert str(error.value) == f"branches.code.path={tmp_path}: {tmp_path / 'config.json'} {message}"
 
 
-def test_a_supported_checkpoint_is_taken(tmp_path):
+def test_a_checkpoint_is_taken(tmp_path):
+    (tmp_path / "model.safetensors").touch()
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     changes = IMPORTED | {"seed.path": str(tmp_path), "seed.train": None, "branches.code": {"path": str(tmp_path)}}
     cfg = build(settings(changes))
@@ -213,7 +261,7 @@ def test_a_supported_checkpoint_is_taken(tmp_path):
 
 
 def test_the_families_of_configs_are_those_of_the_models():
-    assert set(ARCHITECTURES) == set(FAMILIES)
+    assert set(ARCHITECTURES) <= set(FAMILIES)
 
 
 def test_every_word_of_the_groups_and_every_expression_is_a_pattern():
@@ -250,3 +298,22 @@ def test_soft_and_top_k_routers_stay_allowed():
 def test_config_and_phases_import_no_torch():
     code = "import sys, launch.config, upcycle.phases; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_no_tokens_are_no_training():
+    cfg = build(settings({"mix.tokens": 0, "mixtures.bam.train.tokens": 1024}))
+    assert {name for name, mixture in cfg.mixtures.items() if mixture.train} == {"bam"}
+    stages = upcycle(cfg, Store("nowhere")).store.stages
+    assert "mix/bam" in stages and "mix/btx" not in stages
+    assert stages["eval/btx"].inputs["model"] == stages["assemble/btx"]
+    branches = sum(branch.train.steps * branch.train.batch_tokens for branch in cfg.branches.values())
+    assert stages["dense"].config["train"].tokens == branches + 1024
+
+
+def test_what_all_mixtures_share_can_be_said_once():
+    preset = composed()["mixtures"]["bam"]["assemble"]
+    raw = settings({"assemble": preset, "mixtures.bam": {}, "mixtures.third": {"assemble": {"kv": "shared"}}})
+    cfg = build(raw)
+    assert cfg.mixtures["bam"] == build(settings({})).mixtures["bam"] and cfg.mixtures["third"].assemble.kv == "shared"
+    assert cfg.mixtures["third"].assemble.router == cfg.mixtures["bam"].assemble.router
+    assert cfg.mixtures["btx"].assemble.attention == "merged"

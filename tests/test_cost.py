@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from tests.tiny import dense_config
+from tests.tiny import FAMILY_CONFIGS, dense_config
 from upcycle.config import AssembleConfig, RouterConfig
 from upcycle.configuration import UpcycledConfig
 from upcycle.cost import Shape
@@ -14,21 +14,26 @@ from upcycle.modeling import UpcycledForCausalLM
 MIXTURES = [("merged", "expert"), ("mixture", "expert"), ("mixture", "shared")]
 
 
+FAMILIES = [f"family/{kind}" for kind in FAMILY_CONFIGS]
+
+
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_dense_parameters_are_exact(kind, tied):
     config = dense_config(kind, tie_word_embeddings=tied)
-    model = AutoModelForCausalLM.from_config(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
     shape = Shape.of_config(config.to_dict())
     assert shape.parameters == shape.active_parameters == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize(("attention", "kv"), MIXTURES)
-@pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_mixture_parameters_are_exact(kind, attention, kv):
     seed = dense_config(kind)
     config = UpcycledConfig(seed=seed.to_dict(), experts=["seed", "a", "b"], attention=attention, kv=kv)
-    model = UpcycledForCausalLM._from_config(config)
+    with torch.device("meta"):
+        model = UpcycledForCausalLM._from_config(config)
     shape = Shape.of_config(config.to_dict())
     assert shape.parameters == sum(p.numel() for p in model.parameters())
     per_expert = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n) // 3

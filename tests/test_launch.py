@@ -119,8 +119,10 @@ def test_sweep_shares_every_artifact_it_can(finished):
 
 def test_a_sweep_with_many_overrides_finds_names_for_its_runs(tmp_path):
     many = [f"+branches.a_branch_of_domain_{n}.train.proportions.code=1.0" for n in range(10)]
-    done = upcycle("-m", "plan=true", *TINY, *many, "rng_seed=1,2", cwd=tmp_path)
+    done = upcycle("plan=true", *TINY, "-m", *many, "rng_seed=1,2", cwd=tmp_path)
     assert done.stdout.count("stages done") == 2
+    announced = [line for line in done.stdout.splitlines() if line.startswith("run ")]
+    assert announced == ["run 0: rng_seed=1", "run 1: rng_seed=2"]
 
 
 @pytest.mark.slow
@@ -225,8 +227,10 @@ def test_one_stage_names_its_missing_inputs(tmp_path):
         (["mix.lrr=1"], "mix.lrr: unknown key; did you mean lr?"),
         (["mixx.lr=1"], "mixx: unknown key; did you mean mix"),
         (["+mixtures.btx.train.lrr=1"], "mixtures.btx.train.lrr: unknown key; did you mean lr?"),
-        (["mix.lr=fast"], "mixtures.btx.train.lr: Input should be a valid number (got 'fast')"),
-        (["mix.tokens=1.5"], "mixtures.btx.train.tokens: Input should be a valid integer"),
+        (["mix.lr=fast"], "upcycle: mix.lr: Input should be a valid number (got 'fast')\n"),
+        (["+mixtures.btx.train.tokens=1.5"], "upcycle: mixtures.btx.train.tokens: Input should be a valid integer (got 1.5)\n"),
+        (["a=1", "-m", "mix.lr=fast"], "a: unknown key"),
+        (["experiment=tin"], "upcycle: experiment=tin: no such file; did you mean tiny? Choices: bring_your_own, demo, tiny.\n"),
         (["mixtures.btx.assemble.router.kind=topk"], "mixtures.btx.assemble.router.kind: Input should be 'top_k' or 'soft' (got 'topk')"),
         (["mixtures.btx.assemble.router.top_k=6"], "mixtures.btx.assemble.router.top_k=6 exceeds the 4 experts (seed, code, law, math)"),
         (["mixtures.btx.assemble.router.top_k=1"], "mixtures.btx.assemble.router: top_k=1 with gate_order=topk_softmax"),
@@ -239,7 +243,6 @@ def test_one_stage_names_its_missing_inputs(tmp_path):
         (["seed.sizes.num_attention_heads=5"], "sizes.hidden_size=192 is not a multiple of num_attention_heads=5"),
         (["domains.law.test_fraction=0"], "domains.law.test_fraction is 0, but eval.split=test measures every domain"),
         (["seed.architecture=lama"], "seed: architecture='lama' is not supported, expected one of gpt_neox, llama; did you mean llama?"),
-        (["reprot"], "reprot: no such word; did you mean report or replicates? Words: help, status, report, replicates"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named_at_once(tmp_path, arguments, message):
@@ -248,12 +251,54 @@ def test_mistakes_are_named_at_once(tmp_path, arguments, message):
     assert "Traceback" not in done.stderr and "UPCYCLE_TRACEBACK" not in done.stderr
 
 
+FILES = {
+    "mine.yaml": "# @package _global_\ndefaults: [tiny, _self_]\nname: mine\nmix: {lr: 1.0e-2}\n",
+    "wrong.yaml": "# @package _global_\ndefaults: [tiny, _self_]\nmix: {lrr: 1.0e-2}\n",
+    "package.yaml": "defaults: [tiny, _self_]\nname: mine\n",
+    "torn.yaml": "# @package _global_\nname: [mine\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config-dir", "own", "experiment=wrong"], "upcycle: mix.lrr: unknown key; did you mean lr? Valid here: tokens, "),
+        (["experiment=mine", "--config-dir=own", "mix.lrr=1"], "upcycle: mix.lrr: unknown key; did you mean lr? Valid here: "),
+        (
+            ["experiment=min", "--config-dir", "own"],
+            "upcycle: experiment=min: no such file; did you mean mine or tiny? Choices: bring_your_own, demo, mine, package, "
+            f"tiny, torn, wrong. Looked in {ROOT / 'conf' / 'experiment'} and own/experiment.\n",
+        ),
+        (
+            ["experiment=package", "--config-dir", "own"],
+            "upcycle: the experiment's settings came in below a key `experiment`, expected them at the top; make "
+            "`# @package _global_` the first line of its file\n",
+        ),
+        (["experiment=torn", "--config-dir", "own"], 'own/experiment/torn.yaml", line 3, column 1 '),
+        (["experiment=mine", "--config-dir", "owl"], "upcycle: Additional config directory '"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_ones_own_settings_are_named(tmp_path, arguments, message):
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    for name, text in FILES.items():
+        (tmp_path / "own" / "experiment" / name).write_text(text)
+    done = upcycle("plan=true", *arguments, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_ones_own_experiment_runs(tmp_path):
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    (tmp_path / "own" / "experiment" / "mine.yaml").write_text(FILES["mine.yaml"])
+    done = upcycle("plan=true", "experiment=mine", "--config-dir", "own", cwd=tmp_path)
+    assert "0 of 41 stages done" in done.stdout and sorted(path.name for path in tmp_path.iterdir()) == ["own"]
+
+
 def test_a_word_is_looked_up_before_hydra_reads_it(tmp_path):
     done = upcycle("reprot", cwd=tmp_path, check=False)
     assert done.returncode == 2 and not list(tmp_path.iterdir())
     assert done.stderr == (
-        "upcycle: reprot: no such word; did you mean report or replicates? Words: help, status, report, replicates; "
-        "settings are key=value (upcycle --help shows them)\n"
+        "upcycle: reprot: no such word; did you mean report or export or replicates? Words: help, explain, export, status, "
+        "report, replicates; settings are key=value (upcycle --help shows them)\n"
     )
     assert unknown_word(["experiment=tiny", "stat"]) == "stat"
     for fine in ([], ["a=1", "+b=2", "~c"], ["-m", "a=1,2"], ["a=1", "--config-dir", "here"]):
@@ -261,8 +306,7 @@ def test_a_word_is_looked_up_before_hydra_reads_it(tmp_path):
 
 
 def test_an_error_of_a_library_says_how_to_see_where(tmp_path):
-    (tmp_path / "file").write_text("")
-    done = upcycle("experiment=tiny", "artifacts=file/artifacts", cwd=tmp_path, check=False)
+    done = upcycle("experiment=tiny", f"artifacts={'long' * 100}", cwd=tmp_path, check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.endswith(" (UPCYCLE_TRACEBACK=1 shows where)\n") and "Error: " in done.stderr, done.stderr
     blocked = tmp_path / "blocked"

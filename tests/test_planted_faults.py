@@ -13,9 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # fault: (file, the line as it is, the line with the fault, the test that must fail)
 FAULTS = {
     "gate and up swapped": (
-        "upcycle/assembly.py",
-        "up = ([family.gate] if family.gate else []) + [family.up]",
-        "up = [family.up] + ([family.gate] if family.gate else [])",
+        "upcycle/pieces.py",
+        'sources = tuple(f"{source}.{part}.{kind}" for part in parts)',
+        'sources = tuple(f"{source}.{part}.{kind}" for part in parts[::-1])',
         "tests/test_assembly.py::test_mixture_on_disk_equals_the_reference_mixture",
     ),
     "softmax order": (
@@ -26,8 +26,8 @@ FAULTS = {
     ),
     "expert order": (
         "upcycle/assembly.py",
-        "return piece.stack(list(cast.values())), row",
-        "return piece.stack(list(cast.values())[::-1]), row",
+        "return piece.stack(list(cuts.values())), row",
+        "return piece.stack(list(cuts.values())[::-1]), row",
         "tests/test_assembly.py::test_proof_holds_and_is_written",
     ),
     "a missing 1/E": (
@@ -44,9 +44,9 @@ FAULTS = {
     ),
     "K and V averaged from the wrong branch": (
         "upcycle/assembly.py",
-        "return _merged(piece, [tensors[0] for tensors in sources.values()], choice).to(dtype), row",
+        "return piece.cut(METHODS[choice.merge]([tensors[0] for tensors in sources.values()])).to(dtype), row",
         "wrong = [list(sources.values())[-1 if piece.target.split('.')[-2] in ('k_proj', 'v_proj') else i][0] for i in "
-        "range(len(sources))]; return _merged(piece, wrong, choice).to(dtype), row",
+        "range(len(sources))]; return piece.cut(METHODS[choice.merge](wrong)).to(dtype), row",
         "tests/test_assembly.py::test_mixture_on_disk_equals_the_reference_mixture",
     ),
     "optimizer state dropped on resume": (

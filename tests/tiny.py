@@ -6,46 +6,85 @@ import copy
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTrainedModel
 
-from upcycle.attention import split_fused, stack_heads
 from upcycle.configuration import UpcycledConfig
-from upcycle.families import family_of, key_value_heads
+from upcycle.families import family_of
 from upcycle.modeling import UpcycledForCausalLM
+from upcycle.pieces import plan_pieces
 
 VOCAB = 61
 NAMES = ("seed", "code", "law", "math")
 DENSE = ("llama", "gpt_neox", "gpt_neox_sequential")
 
 
+COMMON = {
+    "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+GROUPED = {"intermediate_size": 40, "num_key_value_heads": 2}
+SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+SCALED = {"scale_attn_weights": True, "n_inner": 48}
+NO_DROPOUT = dict.fromkeys(("attention_dropout", "hidden_dropout"), 0.0)
+
+# Every family with whatever it has: biases, norms of queries and keys, windows, partial and scaled rotary embeddings,
+# multipliers, soft caps, tied embeddings.
+FAMILY_CONFIGS: dict[str, dict] = {
+    "llama": GROUPED
+    | {"attention_bias": True, "mlp_bias": True}
+    | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}},
+    "mistral": GROUPED | {"sliding_window": 4, "head_dim": 12},
+    "qwen2": GROUPED | SLIDING | {"use_sliding_window": True, "max_window_layers": 0, "tie_word_embeddings": True},
+    "qwen3": GROUPED | {"head_dim": 16, "attention_bias": True},
+    "olmo2": GROUPED,
+    "olmo3": GROUPED | SLIDING,
+    "cohere": GROUPED | {"use_qk_norm": True, "logit_scale": 0.25, "tie_word_embeddings": True},
+    "cohere2": GROUPED | SLIDING | {"logit_scale": 0.25, "tie_word_embeddings": True},
+    "granite": GROUPED
+    | {"attention_multiplier": 0.3, "residual_multiplier": 0.5, "embedding_multiplier": 2.0, "logits_scaling": 3.0},
+    "smollm3": GROUPED | {"no_rope_layers": [1, 0], "use_sliding_window": False},
+    "gemma2": GROUPED
+    | SLIDING
+    | {"head_dim": 16, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0}
+    | {"tie_word_embeddings": True},
+    "gemma3_text": GROUPED | SLIDING | {"head_dim": 16, "query_pre_attn_scalar": 20, "tie_word_embeddings": True},
+    "stablelm": GROUPED | {"qk_layernorm": True, "use_qkv_bias": True} | NO_DROPOUT,
+    "glm4": GROUPED | {"head_dim": 8, "attention_bias": True},
+    "phi": GROUPED | {"qk_layernorm": True},
+    "phi3": GROUPED | {"sliding_window": 4},
+    "nemotron": GROUPED | {"mlp_bias": True, "attention_bias": True, "head_dim": 8},
+    "starcoder2": GROUPED | {"use_bias": True, "sliding_window": 4},
+    "gpt_neox": {"intermediate_size": 48, "rotary_pct": 0.5} | NO_DROPOUT,
+    "gpt2": SCALED | dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+}
+
+
 def dense_config(kind: str, **changes):
-    """llama: grouped queries, attention biases. gpt_neox: parallel residual, biases; gpt_neox_sequential without it."""
-    common = {
-        "vocab_size": VOCAB,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 64,
-    }
-    common |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": False}
+    """llama: grouped queries, attention biases. gpt_neox: parallel residual, biases; gpt_neox_sequential without it.
+
+    `family/<model type>` is that family's entry of FAMILY_CONFIGS.
+    """
+    if kind.startswith("family/"):
+        kind = kind.removeprefix("family/")
+        return AutoConfig.for_model(kind, **COMMON | FAMILY_CONFIGS[kind] | changes)
     if kind == "llama":
-        return LlamaConfig(
-            **common | {"intermediate_size": 40, "num_key_value_heads": 2, "attention_bias": True} | changes
-        )
+        return LlamaConfig(**COMMON | GROUPED | {"attention_bias": True} | changes)
     parallel = {"use_parallel_residual": kind == "gpt_neox"}
-    dropouts = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
-    return GPTNeoXConfig(**common | {"intermediate_size": 48, "rotary_pct": 0.5} | parallel | dropouts | changes)
+    return GPTNeoXConfig(**COMMON | FAMILY_CONFIGS["gpt_neox"] | parallel | changes)
 
 
 @torch.no_grad()
 def randomise(model: nn.Module, generator: torch.Generator) -> None:
     """Biases and norms too: what starts at 0 or 1 hides mistakes."""
+    tied = getattr(model.config, "tie_word_embeddings", False)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         if "norm" in name and name.endswith("weight"):
             parameter.copy_(1 + 0.2 * noise)
         else:  # embeddings of size 1, else the first norm (fp32 in RMSNorm) blows their gradient up
-            parameter.copy_(noise if "embed" in name else 0.2 * noise)
+            size = 0.2 if tied else 1.0  # tied ones are the head too
+            parameter.copy_(size * noise if "embed" in name else 0.2 * noise)
 
 
 def dense_models(kind: str, count: int = 3, rng_seed: int = 0, dtype=torch.float64, **changes) -> list[PreTrainedModel]:
@@ -77,45 +116,21 @@ def pack(
 
     It only moves numbers, so it carries gradients from the dense models to the mixture as well as weights.
     """
-    family, seed, packed = family_of(config.seed), config.seed, {}
-    kv_heads = key_value_heads(seed) if config.kv == "shared" else None
-    for layer in range(seed.num_hidden_layers):
-        prefix, to = f"{family.decoder}.layers.{layer}.", f"model.decoder.layers.{layer}."
-        packed[f"{to}mlp.router.weight"] = ffn_routers[layer]
-        for kind, suffix in (("weight", ""), ("bias", "_bias")):
-            if f"{prefix}mlp.{family.up}.{kind}" not in rest:
-                continue
-            parts = [family.gate, family.up] if family.gate else [family.up]
-            ups = [torch.cat([e[f"{prefix}mlp.{part}.{kind}"] for part in parts]) for e in experts]
-            stem = "gate_up_proj" if family.gate else "up_proj"
-            packed[f"{to}mlp.experts.{stem}{suffix}"] = torch.stack(ups)
-            downs = [e[f"{prefix}mlp.{family.down}.{kind}"] for e in experts]
-            packed[f"{to}mlp.experts.down_proj{suffix}"] = torch.stack(downs)
-        if config.attention == "merged":
-            continue
-        attention = f"{family.attention}."
-        packed[f"{to}{attention}router.weight"] = attention_routers[layer]
-        for projection, role in family.projections.items():
-            for kind in ("weight", "bias"):
-                name = f"{prefix}{attention}{projection}.{kind}"
-                if name not in rest:
-                    continue
-                own, target = [e[name] for e in experts], f"{to}{attention}{projection}.{kind}"
-                if role == "output":
-                    packed[target] = torch.stack(own) if kind == "bias" else stack_heads([w.T for w in own], kv_heads).T
-                elif role == "fused" and kv_heads:
-                    queries = [split_fused(w, seed.num_attention_heads)[0] for w in own]
-                    packed[f"{to}{attention}query.{kind}"] = stack_heads(queries, kv_heads)
-                    shared = split_fused(rest[name], seed.num_attention_heads)[1]
-                    packed[f"{to}{attention}key_value.{kind}"] = shared
-                elif role in ("key", "value") and kv_heads:
-                    packed[target] = rest[name]
-                else:
-                    packed[target] = stack_heads(own, kv_heads)
-    sublayers = (f".{family.mlp}.",) if config.attention == "merged" else (f".{family.mlp}.", f".{family.attention}.")
-    for name, tensor in rest.items():
-        if not any(part in name for part in sublayers):
-            packed[name.replace(f"{family.decoder}.", "model.decoder.", 1)] = tensor
+    attention, packed, routers = (
+        family_of(config.seed).attention,
+        {},
+        {True: iter(attention_routers), False: iter(ffn_routers)},
+    )
+    names = [name for name in rest if not (name == "lm_head.weight" and config.tie_word_embeddings)]
+    for piece in plan_pieces(config, names):
+        if piece.origin == "fresh":
+            packed[piece.target] = next(routers[f".{attention}." in piece.target])
+        elif piece.origin == "merged":
+            packed[piece.target] = piece.cut(rest[piece.sources[0]])
+        elif piece.origin == "copied":
+            packed[piece.target] = experts[piece.expert][piece.sources[0]]
+        else:
+            packed[piece.target] = piece.stack([[piece.cut(one[name]) for name in piece.sources] for one in experts])
     return packed
 
 
@@ -136,7 +151,9 @@ def mixture_of(
     mixture = UpcycledForCausalLM._from_config(config, attn_implementation=implementation).to(models[0].dtype).eval()
     if models[0].dtype == torch.float64:  # the grouped kernel has no float64
         mixture.set_experts_implementation("eager")
-    mixture.load_state_dict(pack(config, mean_of(dicts), dicts, ffn_routers, attention_routers))
+    packed = pack(config, mean_of(dicts), dicts, ffn_routers, attention_routers)
+    missing, unexpected = mixture.load_state_dict(packed, strict=False)
+    assert not unexpected and set(missing) <= ({"lm_head.weight"} if config.tie_word_embeddings else set())
     mixture.tie_weights()
     return mixture
 

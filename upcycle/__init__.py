@@ -16,6 +16,7 @@ from typing import Any
 # Looked up on first use: `import upcycle` must not wait for torch.
 _HOMES = {
     "assemble": "upcycle.api",
+    "export": "upcycle.exporting",
     "preset": "upcycle.api",
     "AssembleConfig": "upcycle.config",
     "RouterConfig": "upcycle.config",

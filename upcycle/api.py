@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from omegaconf import OmegaConf
 from pydantic import TypeAdapter, ValidationError
 
 from upcycle.assembly import write_mixture
-from upcycle.config import AssembleConfig
+from upcycle.config import AssembleConfig, nearest
+from upcycle.directories import check_room, resolve
 from upcycle.durable import atomic_directory
+from upcycle.explain import explain_plan
+from upcycle.explanation import Explanation
+from upcycle.families import is_listed
+from upcycle.mistakes import in_words
 from upcycle.proof import prove
 
 PRESETS = Path(__file__).resolve().parent.parent / "conf" / "assemble"
@@ -27,36 +33,61 @@ def preset(method: str, **overrides: Any) -> AssembleConfig:
 
     Raises ValueError: no such method, or overrides that are no settings.
     """
-    if method not in preset_names():
-        raise ValueError(f"method={method!r} is not known; expected one of {', '.join(preset_names())}")
+    names = preset_names()
+    if method not in names:
+        raise ValueError(f"method={method!r} is not known; expected one of {', '.join(names)}{nearest(method, names)}")
     chosen = OmegaConf.merge(OmegaConf.load(PRESETS / f"{method}.yaml"), OmegaConf.create(overrides))
     # Below a root of its own, as in a run, whose rng_seed the presets take over.
     plain = OmegaConf.to_container(OmegaConf.create({"assemble": chosen}), resolve=True)["assemble"]  # pyright: ignore
     try:
         return TypeAdapter(AssembleConfig).validate_json(json.dumps(plain), strict=True)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise ValueError("\n".join(in_words(AssembleConfig, error))) from None
 
 
+@overload
 def assemble(
-    *, seed: str | Path, branches: Mapping[str, str | Path], out: str | Path, method: str = "btx", **overrides: Any
-) -> Path:
+    *, seed: str | Path, branches: Mapping[str, str | Path], out: str | Path, method: str = ..., **overrides: Any
+) -> Path: ...
+@overload
+def assemble(
+    *, seed: str | Path, branches: Mapping[str, str | Path], dry_run: Literal[True], out: str | Path | None = ...,
+    method: str = ..., **overrides: Any
+) -> Explanation: ...  # fmt: skip
+def assemble(
+    *,
+    seed: str | Path,
+    branches: Mapping[str, str | Path],
+    out: str | Path | None = None,
+    method: str = "btx",
+    dry_run: bool = False,
+    **overrides: Any,
+) -> Path | Explanation:
     """Write the mixture of `seed` and `branches` into `out`, prove it, and return its path.
 
         upcycle.assemble(seed="A", branches={"code": "B", "math": "C"}, out="moe", method="bam")
 
-    seed, branches: Hugging Face directories with safetensors. method: a preset of conf/assemble; `overrides` are fields
-    of AssembleConfig, for example `router={"top_k": 3}`. The directory appears only when everything in it is written
-    and proved.
-    Raises ValueError: see `write_mixture` and `prove`; `out` exists already.
+    seed, branches: Hugging Face directories with safetensors, or names on the Hub. method: a preset of conf/assemble;
+    `overrides` are fields of AssembleConfig, for example `router={"top_k": 3}`. The directory appears only when
+    everything in it is written and proved. dry_run: check the checkpoints, write nothing, and return what every tensor
+    would be made of (print it).
+    Warns of what differs between the checkpoints and is allowed, and of branches that look like strangers to the seed.
+    Raises ValueError: see `write_mixture` and `prove`; `out` is not new or empty, or not given.
     """
-    out, choice = Path(out), preset(method, **overrides)
-    if out.exists():
-        raise ValueError(f"out={out} exists already; name a directory that does not")
-    paths = {name: Path(path) for name, path in branches.items()}
-    with atomic_directory(out) as partial:
-        write_mixture(Path(seed), paths, partial, choice)
-        if choice.prove:
-            prove(partial, ({"seed": Path(seed)} if choice.include_seed else {}) | paths)
-    return out
+    choice = preset(method, **overrides)
+    if out is None and not dry_run:
+        raise ValueError("out is missing; name the directory that the mixture is to be written to")
+    if out is not None and Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+        raise ValueError(f"out={out} exists already and is not an empty directory; name one that is, or a new one")
+    start, paths = resolve(seed), {name: resolve(path) for name, path in branches.items()}
+    planned = explain_plan(start, paths, choice, f"would be written to {out}" if out else "not written")
+    if out is None or dry_run:
+        return planned
+    check_room(Path(out), planned.bytes or 0)
+    for note in planned.notes:
+        warnings.warn(note, stacklevel=2)
+    with atomic_directory(Path(out)) as partial:
+        config = write_mixture(start, paths, partial, choice)
+        if choice.prove or not is_listed(config.seed):
+            prove(partial, ({"seed": start} if choice.include_seed else {}) | paths)
+    return Path(out)

@@ -10,6 +10,7 @@ This file travels inside checkpoints as remote code: it imports `.families` and 
 
 from __future__ import annotations
 
+import copy
 import sys
 from typing import Any
 
@@ -17,9 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from .families import family_of, head_dim, key_value_heads, widened
+from .families import Family, family_of, head_dim, key_value_heads, widened
 from .routing import Router
+
+# Eager attention of families whose own knows no grouped queries; Llama's does.
+GROUPED_EAGER = "grouped_eager"
+ALL_ATTENTION_FUNCTIONS.register(GROUPED_EAGER, eager_attention_forward)
 
 
 def stack_heads(experts: list[Tensor], kv_heads: int | None) -> Tensor:
@@ -39,17 +45,6 @@ def unstack_heads(wide: Tensor, expert: int, num_experts: int, kv_heads: int | N
     if kv_heads is None:
         return wide.chunk(num_experts)[expert]
     return wide.unflatten(0, (kv_heads, num_experts, -1))[:, expert].flatten(0, 1)
-
-
-def split_fused(fused: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """Rows (head, [q, k, v], d) of a fused projection as query rows (head, d) and key-value rows (head, [k, v], d)."""
-    parts = fused.unflatten(0, (heads, 3, -1))
-    return parts[:, 0].flatten(0, 1), parts[:, 1:].flatten(0, 2)
-
-
-def join_fused(query: Tensor, key_value: Tensor, heads: int) -> Tensor:
-    """The inverse of `split_fused`."""
-    return torch.cat([query.unflatten(0, (heads, 1, -1)), key_value.unflatten(0, (heads, 2, -1))], dim=1).flatten(0, 2)
 
 
 class GatedOutput(nn.Module):
@@ -77,8 +72,70 @@ class GatedOutput(nn.Module):
         return mixed if self.bias is None else mixed + gates_BSE.to(mixed.dtype) @ self.bias.to(mixed.dtype)
 
 
-class _SharedFusedForward:
-    """Forward of a fused-QKV attention whose E·H query heads read H shared key/value heads.
+class ExpertNorms(nn.Module):
+    """The query or key norms of all experts, each on its own expert's heads, in that expert's own layout.
+
+    axis: where the heads are in (B, S, heads, d) or (B, heads, S, d); a norm over all heads at once (OLMo-2) sees
+    (B, S, heads·d). kv_heads: see `stack_heads`.
+    """
+
+    def __init__(self, norm: nn.Module, num_experts: int, axis: int, kv_heads: int | None):
+        super().__init__()
+        self.norms = nn.ModuleList(copy.deepcopy(norm) for _ in range(num_experts))
+        self.axis, self.kv_heads = axis, kv_heads
+
+    def forward(self, heads: Tensor) -> Tensor:
+        axis, count = 2 if heads.dim() == 3 else self.axis, len(self.norms)
+        if self.kv_heads is None:
+            parts = heads.unflatten(axis, (count, -1)).unbind(axis)
+            normed = [norm(part) for norm, part in zip(self.norms, parts, strict=True)]
+            return torch.stack(normed, axis).flatten(axis, axis + 1)
+        parts = heads.unflatten(axis, (self.kv_heads, count, -1)).unbind(axis + 1)
+        normed = [norm(part.flatten(axis, axis + 1)) for norm, part in zip(self.norms, parts, strict=True)]
+        return torch.stack([one.unflatten(axis, (self.kv_heads, -1)) for one in normed], axis + 1).flatten(
+            axis, axis + 2
+        )
+
+
+class SplitProjection(nn.Module):
+    """A fused query-key-value projection in its three parts, so that each can have its own number of heads."""
+
+    def __init__(self, hidden_size: int, widths: dict[str, int], bias: bool, interleaved_heads: int | None):
+        super().__init__()
+        for role, width in widths.items():
+            self.add_module(role, nn.Linear(hidden_size, width, bias=bias))
+        self.interleaved_heads = interleaved_heads
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """The rows in the order that the family's own forward takes apart again."""
+        parts = [part(hidden) for part in self.children()]
+        if self.interleaved_heads is None:
+            return torch.cat(parts, dim=-1)
+        return torch.stack([part.unflatten(-1, (self.interleaved_heads, -1)) for part in parts], dim=-2).flatten(-3)
+
+
+class WideConfig:
+    """The seed's live config as the wide attention sees it: its own head counts, the seed's for the rest.
+
+    Live, so that `set_attn_implementation` reaches this layer.
+    """
+
+    def __init__(self, seed, num_attention_heads: int, grouped_eager: bool):
+        self.seed, self.num_attention_heads, self.grouped_eager = seed, num_attention_heads, grouped_eager
+
+    @property
+    def _attn_implementation(self) -> str:
+        implementation = self.seed._attn_implementation
+        return GROUPED_EAGER if self.grouped_eager and implementation == "eager" else implementation
+
+    def __getattr__(self, name: str):
+        if name.startswith("__") or name == "seed":  # copying asks before there is a seed
+            raise AttributeError(name)
+        return getattr(self.seed, name)
+
+
+class _SharedInterleavedForward:
+    """Forward of a fused attention with interleaved heads whose E·H query heads read H shared key/value heads.
 
     The family's own forward cuts one projection into equally many query, key and value heads, so it can't express
     shared keys and values; everything else here calls the family's own functions.
@@ -88,13 +145,14 @@ class _SharedFusedForward:
         self: Any, hidden_states, attention_mask=None, layer_past=None, position_embeddings: Any = None, **kwargs
     ):
         shape = (*hidden_states.shape[:-1], -1, self.head_size)
-        query = self.query(hidden_states).view(shape).transpose(1, 2)
-        key_value = self.key_value(hidden_states).unflatten(-1, (-1, 2, self.head_size)).transpose(1, 2)
-        key, value = key_value.unbind(-2)
-        query, key = self.apply_rotary(query, key, *position_embeddings)
+        parts = [part(hidden_states) for part in self.get_submodule(self.fused_name).children()]
+        query, key, value = [part.view(shape).transpose(1, 2) for part in parts]
+        query, key = sys.modules[type(self).__mro__[2].__module__].apply_rotary_pos_emb(
+            query, key, *position_embeddings
+        )
         if layer_past is not None:
             key, value = layer_past.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager_attention)
+        attend: Any = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         dropout = self.attention_dropout if self.training else 0.0
         heads, weights = attend(
             self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
@@ -102,22 +160,22 @@ class _SharedFusedForward:
         return self.get_submodule(self.output_name)(heads.flatten(-2).contiguous()), weights
 
 
-def _share_fused(wide: Any, seed, num_experts: int, fused: str, bias: bool) -> Any:
-    """`wide` with its fused projection replaced by E·H query heads and the seed's H key/value heads."""
-    size, heads = head_dim(seed), seed.num_attention_heads
-    module = sys.modules[type(wide).__module__]
-    base = type(wide)
-    wide.__class__ = type(base.__name__, (_SharedFusedForward, base), {"__module__": __name__})
-    delattr(wide, fused)
-    wide.query = nn.Linear(seed.hidden_size, num_experts * heads * size, bias=bias)
-    wide.key_value = nn.Linear(seed.hidden_size, 2 * heads * size, bias=bias)
-    wide.num_key_value_groups = num_experts  # attention kernels repeat keys and values this often
-    wide.apply_rotary, wide.eager_attention = module.apply_rotary_pos_emb, module.eager_attention_forward
-    if not hasattr(module, "repeat_kv"):  # the family's eager attention knows no groups; Llama's does
-        from transformers.models.llama.modeling_llama import eager_attention_forward
-
-        wide.eager_attention = eager_attention_forward
-    return wide
+def _split_fused_projection(wide: Any, attention: nn.Module, seed, family: Family, num_experts: int, shared: bool):
+    """Replace the fused projection of `wide` and, where its forward counts heads by itself, tell it the new counts."""
+    assert family.fused is not None
+    size, keys = head_dim(seed), key_value_heads(seed) * (1 if shared else num_experts)
+    widths = {"query": seed.num_attention_heads * num_experts * size, "key": keys * size, "value": keys * size}
+    interleaved = family.fused_rows == "heads"
+    bias = getattr(attention, family.fused).bias is not None
+    split = SplitProjection(
+        seed.hidden_size, widths, bias, seed.num_attention_heads * num_experts if interleaved else None
+    )
+    setattr(wide, family.fused, split)
+    wide.split_size = list(widths.values())  # GPT-2's
+    wide.fused_name = family.fused
+    if shared and interleaved:
+        base = type(wide)
+        wide.__class__ = type(base.__name__, (_SharedInterleavedForward, base), {"__module__": __name__})
 
 
 def soft_mixture_of_attention(attention: nn.Module, seed, num_experts: int, kv: str, layer: int) -> nn.Module:
@@ -127,21 +185,27 @@ def soft_mixture_of_attention(attention: nn.Module, seed, num_experts: int, kv: 
     and values (E times the cache); "shared" gives all experts one set (the dense model's cache).
     """
     family, shared = family_of(seed), kv == "shared"
-    output = attention.get_submodule(family.output)
-    bias = output.bias is not None
-    wide: Any = type(attention)(widened(seed, queries=num_experts, keys=1 if shared else num_experts), layer)
+    wide_config = widened(seed, queries=num_experts, keys=1 if shared else num_experts)
+    wide: Any = type(attention)(wide_config, layer_idx=layer)
     kv_heads = key_value_heads(seed) if shared else None
     width = seed.num_attention_heads * head_dim(seed)
+    bias = attention.get_submodule(family.output).bias is not None
     setattr(wide, family.output, GatedOutput(num_experts, width, seed.hidden_size, bias, kv_heads))
     for name, linear in list(wide.named_children()):  # some families derive input sizes from the widened hidden size
         if isinstance(linear, nn.Linear) and linear.in_features != seed.hidden_size:
             setattr(wide, name, nn.Linear(seed.hidden_size, linear.out_features, bias=linear.bias is not None))
-    if shared and family.fused:
-        wide = _share_fused(
-            wide, seed, num_experts, family.fused, bias=attention.get_submodule(family.fused).bias is not None
-        )
+    if family.fused:
+        _split_fused_projection(wide, attention, seed, family, num_experts, shared)
+    for name, role in family.norms.items():
+        norm = getattr(attention, name, None)
+        if norm is not None and shared and role == "key":
+            setattr(wide, name, copy.deepcopy(norm))
+        elif norm is not None:
+            setattr(wide, name, ExpertNorms(norm, num_experts, 1 if family.heads_first else 2, kv_heads))
+    if shared and not family.grouped:
+        wide.num_key_value_groups = num_experts  # attention kernels repeat keys and values this often
     wide.output_name = family.output
-    wide.config = seed  # the live config, so that set_attn_implementation reaches this layer
+    wide.config = WideConfig(seed, wide_config.num_attention_heads, grouped_eager=shared and not family.grouped)
     wide.router = Router(seed.hidden_size, num_experts, f"attention.{layer}", kind="soft", top_k=num_experts)
     wide.trace = None
     wide.register_forward_pre_hook(_gate_heads, with_kwargs=True)
@@ -152,4 +216,6 @@ def _gate_heads(wide: Any, args: tuple, kwargs: dict) -> None:
     hidden_BSD = args[0] if args else kwargs["hidden_states"]
     routing = wide.router(hidden_BSD.flatten(0, 1), wide.trace)
     gates_TE = torch.zeros_like(routing.logits).scatter(1, routing.experts, routing.gates)
-    wide.get_submodule(wide.output_name).gates = gates_TE.view(*hidden_BSD.shape[:-1], -1)
+    # By class: an adapter may stand between (PEFT wraps the module that it adapts).
+    output: Any = next(module for module in wide.modules() if isinstance(module, GatedOutput))
+    output.gates = gates_TE.view(*hidden_BSD.shape[:-1], -1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -14,57 +13,85 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from upcycle.directories import INDEX, model_files
+from upcycle.directories import INDEX, check_room, indexed_tensors, model_files, read_config, weight_files
 from upcycle.durable import write_json
 
 # Buffers that old checkpoints carry and today's models compute themselves, and names that have changed since.
-IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$|\.attention\.(masked_)?bias$")
+IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$|\.(attention|attn)\.(masked_)?bias$")
 TODAYS_NAMES = {"embed_out.weight": "lm_head.weight"}  # GPT-NeoX's head
+SAVED_WITHOUT = {"gpt2": "transformer."}  # OpenAI's own GPT-2 was saved from the class without a head
+FLOATS = ("F64", "F32", "BF16", "F16")  # as safetensors calls them
 
 
 class Checkpoint:
     """A directory of safetensors, read one tensor at a time, under the names that today's transformers uses.
 
-    Raises ValueError: no such directory, no safetensors in it (pickles are never opened), a missing or broken shard.
+    Raises ValueError: no model there, quantised, no safetensors in it (pickles are never opened), a missing or broken
+    shard, a shard that does not hold what the index says.
     """
 
     def __init__(self, directory: Path | str):
         self.directory = Path(directory)
-        if not (self.directory / "config.json").is_file():
-            raise ValueError(f"{self.directory}: no config.json there; expected a Hugging Face model directory")
-        self.config: dict = json.loads((self.directory / "config.json").read_text())
+        self.config = read_config(self.directory)
         self._handles: dict[str, safe_open] = {}
-        stored = {name: file for name, file in self._locate().items() if not IGNORED_TENSORS.search(name)}
-        self._stored_names = {TODAYS_NAMES.get(name, name): name for name in stored}
+        files = [path.name for path in weight_files(self.directory)]
+        self._index = indexed_tensors(self.directory)
+        located = self._index or self._held_by(files)
+        stored = {name: file for name, file in located.items() if not IGNORED_TENSORS.search(name)}
+        prefix = SAVED_WITHOUT.get(self.config["model_type"], "")
+        if any(name.startswith(prefix) for name in stored):
+            prefix = ""
+        self._stored_names = {TODAYS_NAMES.get(name, prefix + name): name for name in stored}
         self.files = {name: stored[as_stored] for name, as_stored in self._stored_names.items()}
 
-    def _locate(self) -> dict[str, str]:
-        """Stored tensor name -> file name."""
-        index = self.directory / INDEX
-        if index.is_file():
-            return dict(json.loads(index.read_text())["weight_map"])
-        names = sorted(path.name for path in self.directory.glob("*.safetensors"))
-        if not names:
-            pickles = sorted(path.name for path in self.directory.glob("*.bin"))
-            found = f"found {', '.join(pickles[:5])}, which may run code when opened" if pickles else "found none"
-            raise ValueError(
-                f"{self.directory}: expected weights in safetensors, {found}; "
-                "save the model again with save_pretrained (safetensors is its default)"
-            )
-        return {tensor: name for name in names for tensor in self._open(name).keys()}
+    def _held_by(self, files: list[str]) -> dict[str, str]:
+        """Stored tensor name -> file name, of files without an index."""
+        located: dict[str, str] = {}
+        for file in files:
+            for name in sorted(self._open(file).keys()):
+                if name in located:
+                    raise ValueError(
+                        f"{self.directory}: {name} is in {located[name]} and in {file}; remove one of them"
+                    )
+                located[name] = file
+        return located
 
     def _open(self, name: str):
         if name not in self._handles:
             path = self.directory / name
-            if not path.is_file():
-                raise ValueError(
-                    f"{path}: the index names this shard but it is missing; copy the whole directory again"
-                )
             try:
                 self._handles[name] = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{path}: not a whole safetensors file ({error}); copy it again") from None
+            if self._index is not None:
+                self._check_index(name, set(self._handles[name].keys()))
         return self._handles[name]
+
+    def _check_index(self, file: str, held: set[str]) -> None:
+        assert self._index is not None
+        promised = {tensor for tensor, where in self._index.items() if where == file}
+        for odd, problem in (
+            (promised - held, f"are not in it although {INDEX} says so"),
+            (held - promised, f"are in it and not in {INDEX}"),
+        ):
+            if odd:
+                raise ValueError(
+                    f"{self.directory / file}: {', '.join(sorted(odd)[:5])} ({len(odd)} in all) {problem}; the shard and "
+                    "the index are of different models, copy the whole directory again"
+                )
+
+    def check(self) -> None:
+        """Open every shard and look at every header.
+
+        Raises ValueError: a shard that is not whole or not the index's; tensors that are no floating-point numbers.
+        """
+        odd = {name: dtype for name in self.names if (dtype := self.stored_dtype(name)) not in FLOATS}
+        if odd:
+            shown = ", ".join(f"{name} is {dtype}" for name, dtype in list(odd.items())[:5])
+            raise ValueError(
+                f"{self.directory}: {shown} ({len(odd)} in all), expected {', '.join(FLOATS)}: quantised or integer weights "
+                "cannot be averaged or trained; load the model, call model.dequantize() and save_pretrained it elsewhere"
+            )
 
     @property
     def names(self) -> list[str]:
@@ -76,15 +103,28 @@ class Checkpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._open(self.files[name]).get_slice(self._stored_names[name]).get_shape())
 
+    def stored_dtype(self, name: str) -> str:
+        """As safetensors calls it: F32, BF16, ..."""
+        return self._open(self.files[name]).get_slice(self._stored_names[name]).get_dtype()
+
+    def size_bytes(self) -> int:
+        """Of its weight files."""
+        return sum((self.directory / name).stat().st_size for name in set(self.files.values()))
+
     def dtype(self) -> torch.dtype:
         """The dtype of the first tensor, in name order."""
         return self.get(self.names[0]).dtype
 
 
 class CheckpointWriter:
-    """Writes tensors into shards of at most `max_shard_bytes`, then the index. Memory: one shard."""
+    """Writes tensors into shards of at most `max_shard_bytes`, then the index. Memory: one shard.
 
-    def __init__(self, directory: Path, max_shard_bytes: int):
+    total_bytes: what is going to be written, if known, so that a disk without the room is noticed before any work.
+    Raises ValueError: a directory that cannot be written to; a disk without the room.
+    """
+
+    def __init__(self, directory: Path, max_shard_bytes: int, total_bytes: int = 0):
+        check_room(directory, total_bytes)
         self.directory, self.max_shard_bytes = directory, max_shard_bytes
         self._pending: dict[str, Tensor] = {}
         self._shards: list[list[str]] = []
@@ -102,7 +142,12 @@ class CheckpointWriter:
         return self.directory / f"shard-{number}.safetensors"
 
     def _flush(self) -> None:
-        save_file(self._pending, self._shard(len(self._shards)), metadata={"format": "pt"})
+        shard = self._shard(len(self._shards))
+        check_room(self.directory, self._pending_bytes)
+        try:
+            save_file(self._pending, shard, metadata={"format": "pt"})
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{shard}: could not write its {self._pending_bytes:,} bytes ({error})") from None
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 
@@ -127,12 +172,19 @@ def tensor_sha256(tensor: Tensor) -> str:
 
 
 def import_checkpoint(source: Path, out: Path) -> None:
-    """Copy a model's weights, config and tokenizer into `out`; every tensor must be readable.
+    """Copy a model's weights, config, tokenizer and generation settings into `out`, links as what they point to.
 
-    Raises ValueError: see Checkpoint.
+    Raises ValueError: see Checkpoint; tensors of other dtypes; no room in `out`, or not to be written to.
     """
-    checkpoint = Checkpoint(source)
-    for name in checkpoint.names:
-        checkpoint.shape(name)
-    for path in model_files(source):
-        shutil.copyfile(path, out / path.name)
+    Checkpoint(source).check()
+    files = model_files(source)
+    total_bytes = sum(path.stat().st_size for path in files)
+    check_room(out, total_bytes)
+    for path in files:
+        try:
+            shutil.copyfile(path, out / path.name)
+        except OSError as error:
+            raise ValueError(
+                f"{out / path.name}: could not write its {path.stat().st_size:,} bytes ({error.strerror}); "
+                f"{source} needs {total_bytes:,} bytes there"
+            ) from None

@@ -225,7 +225,8 @@ class BranchConfig:
     def _one_origin(self):
         if (self.path is None) == (self.train is None):
             raise ValueError(
-                f"got path={self.path} and {'a' if self.train else 'no'} train, expected exactly one of them"
+                f"got path={self.path} and {'a' if self.train else 'no'} train, expected exactly one of them; give the "
+                "branch its checkpoint (path) or tokens to train on (train)"
             )
         return self
 
@@ -297,10 +298,10 @@ class AssembleConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class MixtureConfig:
-    """A mixture of the experiment: how it is assembled and how it is then trained."""
+    """A mixture of the experiment: how it is assembled and how it is then trained, if it is (train)."""
 
     assemble: AssembleConfig
-    train: TrainConfig
+    train: TrainConfig | None
 
     @property
     def kind(self) -> str:

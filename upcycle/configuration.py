@@ -1,6 +1,6 @@
 """The config of a mixture, as it stands in config.json beside its weights.
 
-This file travels inside checkpoints as remote code: it imports `.losses` and `.routing` only.
+This file travels inside checkpoints as remote code: it imports `.families`, `.losses` and `.routing` only.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import copy
 
 from transformers import AutoConfig, PretrainedConfig
 
+from .families import head_dim
 from .losses import LOADS
 from .routing import GATE_SCALES, ROUTERS
 
@@ -97,6 +98,7 @@ class UpcycledConfig(PretrainedConfig):
         if self.attention == "merged":
             return self.seed
         wide = copy.copy(self.seed)
+        wide.head_dim = head_dim(self.seed)  # else it would be derived from the wide head count
         wide.num_attention_heads *= self.num_experts
         if getattr(wide, "num_key_value_heads", None) and self.kv == "expert":
             wide.num_key_value_heads *= self.num_experts
@@ -105,5 +107,6 @@ class UpcycledConfig(PretrainedConfig):
         return wide
 
 
-AutoConfig.register("upcycled", UpcycledConfig, exist_ok=True)
+if __name__.startswith("upcycle."):  # as remote code it must not stand in for the code of other directories
+    AutoConfig.register("upcycled", UpcycledConfig, exist_ok=True)
 UpcycledConfig.register_for_auto_class()

@@ -1,6 +1,6 @@
 """What a model costs, from its sizes alone: parameters, active parameters, FLOPs per token, bytes. No torch.
 
-Shapes: V vocabulary, D hidden, F feed-forward, L layers, H query heads, G key/value heads, d head size, E experts.
+Shapes: V vocabulary, D hidden, d head size, E experts.
 """
 
 from __future__ import annotations
@@ -10,28 +10,81 @@ from dataclasses import dataclass, replace
 
 from upcycle.config import AssembleConfig
 
-# The parts of a layer that differ between families; a family not named here is costed like Llama.
-PLAIN_MLP = {"gpt_neox"}
-BIASED = {"gpt_neox"}
-LAYER_NORM_WITH_BIAS = {"gpt_neox"}
+
+@dataclass(frozen=True, kw_only=True)
+class Details:
+    """How a family's layers are counted. Strings name the config field that decides (False where it is absent).
+
+    norms: of D features, in one layer; norm_bias: they have biases. query_key_norms: "head" (d features), "all" (every
+    head has its own), or None.
+    """
+
+    gated: bool = True
+    mlp_bias: bool | str = False
+    qkv_bias: bool | str = False
+    output_bias: bool | str = False
+    norms: int = 2
+    norm_bias: bool = False
+    query_key_norms: str | None = None
+    norms_if: bool | str = True
+    head_bias: bool = False
+
+
+LLAMA = Details(mlp_bias="mlp_bias", qkv_bias="attention_bias", output_bias="attention_bias")
+OLMO2 = replace(LLAMA, mlp_bias=False, query_key_norms="all")
+BIASED = Details(gated=False, mlp_bias=True, qkv_bias=True, output_bias=True, norm_bias=True)
+DETAILS = {
+    "llama": LLAMA,
+    "mistral": Details(),
+    "qwen2": Details(qkv_bias=True),
+    "qwen3": replace(LLAMA, mlp_bias=False, query_key_norms="head"),
+    "olmo2": OLMO2,
+    "olmo3": OLMO2,
+    "cohere": replace(OLMO2, norms=1, norms_if="use_qk_norm"),
+    "cohere2": replace(LLAMA, mlp_bias=False, norms=1),
+    "granite": LLAMA,
+    "smollm3": LLAMA,
+    "gemma2": replace(LLAMA, mlp_bias=False, norms=4),
+    "gemma3_text": replace(LLAMA, mlp_bias=False, norms=4, query_key_norms="head"),
+    "stablelm": Details(qkv_bias="use_qkv_bias", norm_bias=True, query_key_norms="all", norms_if="qk_layernorm"),
+    "glm4": Details(qkv_bias="attention_bias", norms=4),
+    "phi": replace(BIASED, norms=1, query_key_norms="head", norms_if="qk_layernorm", head_bias=True),
+    "phi3": Details(),
+    "nemotron": replace(LLAMA, gated=False, norm_bias=True),
+    "starcoder2": replace(BIASED, mlp_bias="use_bias", qkv_bias="use_bias", output_bias="use_bias"),
+    "gpt_neox": replace(BIASED, qkv_bias="attention_bias", output_bias="attention_bias"),
+    "gpt2": BIASED,
+}
+# Fields under other names, and what transformers takes for a field that config.json leaves out.
+ALIASES = {"n_embd": "hidden_size", "n_head": "num_attention_heads", "n_layer": "num_hidden_layers"}
+DEFAULTS: dict[str, dict] = {
+    "gpt_neox": {"attention_bias": True},
+    "starcoder2": {"use_bias": True},
+    "gpt2": {"tie_word_embeddings": True, "n_positions": 1024},
+    **{family: {"tie_word_embeddings": True} for family in ("cohere", "cohere2", "gemma2", "gemma3_text")},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The sizes that decide what a decoder costs. `experts = 1` and `attention_experts = 1` is a dense model."""
+    """The sizes that decide what a decoder costs. `experts = 1` and `attention_experts = 1` is a dense model.
+
+    Parameters of one layer: `mlp`, of one expert; `queries`, all that every attention expert has, and `keys_values`,
+    which experts may share; `norms`. Of the model: `outside`, all but layers, embedding and head.
+    """
 
     vocab: int
     hidden: int
-    feed_forward: int
     layers: int
     heads: int
     kv_heads: int
     head_size: int
+    mlp: int
+    queries: int
+    keys_values: int
+    norms: int
+    outside: int
     tied: bool = False
-    gated: bool = True
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    norm_parameters: int = 0  # of one norm
     experts: int = 1
     top_k: int = 1
     attention_experts: int = 1
@@ -39,24 +92,41 @@ class Shape:
 
     @classmethod
     def of_config(cls, config: Mapping) -> Shape:
-        """From the fields of a config.json, dense or ours (only those that matter; missing ones mean HF's default)."""
+        """From the fields of a config.json, dense or ours. A family without DETAILS is counted like Llama."""
         if config.get("model_type") == "upcycled":
             dense, experts = cls.of_config(config["seed"]), len(config["experts"])
             return dense.as_mixture(experts, config["num_experts_per_tok"], config["attention"], config["kv"])
-        family, hidden, heads = config.get("model_type", "llama"), config["hidden_size"], config["num_attention_heads"]
+        family = config.get("model_type", "llama")
+        details, found = DETAILS.get(family, LLAMA), DEFAULTS.get(family, {}) | dict(config)
+        found |= {name: found[alias] for alias, name in ALIASES.items() if alias in found}
+
+        def on(flag: bool | str) -> bool:
+            return bool(found.get(flag, False)) if isinstance(flag, str) else flag
+
+        hidden, heads = found["hidden_size"], found["num_attention_heads"]
+        kv_heads, size = found.get("num_key_value_heads") or heads, found.get("head_dim") or hidden // heads
+        feed_forward = found.get("intermediate_size") or found.get("n_inner") or 4 * hidden
+        up = (2 if details.gated else 1) * feed_forward
+        norm = hidden * (2 if details.norm_bias else 1)
+        query_norm, key_norm = _query_key_norms(details, heads * size, kv_heads * size, size)
+        if not on(details.norms_if):
+            query_norm = key_norm = 0
         return cls(
-            vocab=config["vocab_size"],
+            vocab=found["vocab_size"],
             hidden=hidden,
-            feed_forward=config["intermediate_size"],
-            layers=config["num_hidden_layers"],
+            layers=found["num_hidden_layers"],
             heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
-            head_size=config.get("head_dim") or hidden // heads,
-            tied=bool(config.get("tie_word_embeddings", False)),
-            gated=family not in PLAIN_MLP,
-            attention_bias=config.get("attention_bias", family in BIASED),
-            mlp_bias=config.get("mlp_bias", family in BIASED),
-            norm_parameters=hidden * (2 if family in LAYER_NORM_WITH_BIAS else 1),
+            kv_heads=kv_heads,
+            head_size=size,
+            mlp=hidden * (up + feed_forward) + on(details.mlp_bias) * (up + hidden),
+            queries=2 * hidden * heads * size
+            + on(details.qkv_bias) * heads * size
+            + on(details.output_bias) * hidden
+            + query_norm,
+            keys_values=2 * kv_heads * size * (hidden + on(details.qkv_bias)) + key_norm,
+            norms=norm * _norms(details, found),
+            outside=norm + hidden * found.get("n_positions", 0) + details.head_bias * found["vocab_size"],
+            tied=bool(found.get("tie_word_embeddings", False)),
         )
 
     def as_mixture(self, experts: int, top_k: int, attention: str, kv: str) -> Shape:
@@ -74,24 +144,12 @@ class Shape:
         top_k = experts if choice.router.kind == "soft" else choice.router.top_k
         return self.as_mixture(experts, top_k, choice.attention, choice.kv)
 
-    def _ffn(self) -> int:
-        biases = (2 if self.gated else 1) * self.feed_forward + self.hidden
-        return (3 if self.gated else 2) * self.hidden * self.feed_forward + (biases if self.mlp_bias else 0)
-
-    def _attention(self) -> int:
-        query, key_value = self.heads * self.head_size, 2 * self.kv_heads * self.head_size
-        query_output = 2 * self.hidden * query + (query + self.hidden if self.attention_bias else 0)
-        keys_values = self.hidden * key_value + (key_value if self.attention_bias else 0)
-        return query_output * self.attention_experts + keys_values * (1 if self.shared_kv else self.attention_experts)
-
-    def _routers(self) -> int:
+    def _with(self, mlps: int) -> int:
         routed = (self.experts > 1) * self.experts + (self.attention_experts > 1) * self.attention_experts
-        return routed * self.hidden
-
-    def _with(self, ffns: int) -> int:
-        layer = ffns * self._ffn() + self._attention() + self._routers() + 2 * self.norm_parameters
-        embeddings = self.vocab * self.hidden * (1 if self.tied else 2)
-        return self.layers * layer + embeddings + self.norm_parameters
+        keys_values = self.keys_values * (1 if self.shared_kv else self.attention_experts)
+        attention = self.queries * self.attention_experts + keys_values
+        layer = mlps * self.mlp + attention + routed * self.hidden + self.norms
+        return self.layers * layer + self.vocab * self.hidden * (1 if self.tied else 2) + self.outside
 
     @property
     def parameters(self) -> int:
@@ -120,3 +178,16 @@ class Shape:
     def cache_bytes_per_token(self, bytes_per_value: int = 2) -> int:
         heads = self.kv_heads * (1 if self.shared_kv else self.attention_experts)
         return 2 * self.layers * heads * self.head_size * bytes_per_value
+
+
+def _query_key_norms(details: Details, queries: int, keys: int, size: int) -> tuple[int, int]:
+    if details.query_key_norms == "all":
+        return queries, keys
+    one = size * (2 if details.norm_bias else 1) if details.query_key_norms else 0
+    return one, one
+
+
+def _norms(details: Details, config: Mapping) -> int:
+    """Norms in one layer; StableLM's parallel blocks have one."""
+    parallel = config.get("model_type") == "stablelm" and config.get("use_parallel_residual", False)
+    return 1 if parallel else details.norms

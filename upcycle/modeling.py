@@ -17,13 +17,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from .attention import GatedOutput, soft_mixture_of_attention
 from .configuration import UpcycledConfig
-from .families import family_of
+from .families import ACTIVATIONS, Family, family_of, final_logits
 from .losses import IGNORED, router_losses
 from .routing import Router, RoutingTrace
 
@@ -54,72 +53,62 @@ def cast_under_autocast(experts_class: Any) -> Any:
     return experts_class
 
 
-def _loop_over_experts(experts, hidden_TD: Tensor, experts_TK: Tensor, gates_TK: Tensor, ffn) -> Tensor:
+def _loop_over_experts(experts, hidden_TD: Tensor, experts_TK: Tensor, gates_TK: Tensor) -> Tensor:
     """The plain implementation ("eager"): each expert on its own tokens."""
+    first = "gate_up_proj" if experts.has_gate else "up_proj"
+    up, up_bias = getattr(experts, first), getattr(experts, f"{first}_bias", None)
+    down, down_bias = experts.down_proj, getattr(experts, "down_proj_bias", None)
     out = torch.zeros_like(hidden_TD)
     for expert in range(experts.num_experts):
         token, place = torch.where(experts_TK == expert)
-        y = ffn(expert, hidden_TD[token]) * gates_TK[token, place, None]
-        out.index_add_(0, token, y.to(out.dtype))
+        x = nn.functional.linear(hidden_TD[token], up[expert], None if up_bias is None else up_bias[expert])
+        x = experts._apply_gate(x) if experts.has_gate else experts.act_fn(x)
+        x = nn.functional.linear(x, down[expert], None if down_bias is None else down_bias[expert])
+        out.index_add_(0, token, (x * gates_TK[token, place, None]).to(out.dtype))
     return out
 
 
 @cast_under_autocast
 @use_experts_implementation
-class GatedExperts(nn.Module):
-    """Stacked gated MLPs without biases. gate_up_proj (E, 2F, D), gate rows first; down_proj (E, D, F)."""
-
-    def __init__(self, config: UpcycledConfig):
+class _StackedExperts(nn.Module):
+    def __init__(self, config: UpcycledConfig, mlp: nn.Module, family: Family):
         super().__init__()
-        seed = config.seed
-        if getattr(seed, "mlp_bias", False):
-            raise ValueError(
-                f"{seed.model_type}: mlp_bias=True is not supported with gated MLPs; their biases would be lost"
-            )
-        self.num_experts, self.hidden_dim = config.num_experts, seed.hidden_size
-        self.intermediate_dim = seed.intermediate_size
-        self.act_fn = ACT2FN[seed.hidden_act]
-        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
-        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
+        E, D = config.num_experts, config.hidden_size
+        ups, down = [getattr(mlp, name) for name in family.up], getattr(mlp, family.down)
+        rows = sum(up.weight.shape[1 if family.conv1d else 0] for up in ups)
+        self.num_experts, self.hidden_dim = E, D
+        self.intermediate_dim = rows // 2 if family.gated else rows
+        self.act_fn = next(getattr(mlp, name) for name in ACTIVATIONS if hasattr(mlp, name))
+        first = "gate_up_proj" if family.gated else "up_proj"
+        self.register_parameter(first, nn.Parameter(torch.empty(E, rows, D)))
+        self.down_proj = nn.Parameter(torch.empty(E, D, self.intermediate_dim))
+        if down.bias is not None:
+            self.register_parameter(f"{first}_bias", nn.Parameter(torch.empty(E, rows)))
+            self.down_proj_bias = nn.Parameter(torch.empty(E, D))
 
     def forward(self: Any, hidden_TD: Tensor, experts_TK: Tensor, gates_TK: Tensor) -> Tensor:
-        def ffn(expert: int, x: Tensor) -> Tensor:
-            gate_up = nn.functional.linear(x, self.gate_up_proj[expert])
-            return nn.functional.linear(self._apply_gate(gate_up), self.down_proj[expert])
-
-        return _loop_over_experts(self, hidden_TD, experts_TK, gates_TK, ffn)
+        return _loop_over_experts(self, hidden_TD, experts_TK, gates_TK)
 
 
-@cast_under_autocast
-@use_experts_implementation(has_gate=False, has_bias=True)
-class PlainExperts(nn.Module):
-    """Stacked plain MLPs with biases. up_proj (E, F, D), down_proj (E, D, F), biases (E, F) and (E, D)."""
+class StackedExperts(_StackedExperts):
+    """The MLPs of all experts. gate_up_proj (E, 2F, D), gate rows first, or up_proj (E, F, D); down_proj (E, D, F).
 
-    def __init__(self, config: UpcycledConfig):
-        super().__init__()
-        seed = config.seed
-        self.num_experts, self.hidden_dim = config.num_experts, seed.hidden_size
-        self.intermediate_dim = seed.intermediate_size
-        self.act_fn = ACT2FN[seed.hidden_act]
-        self.up_proj = nn.Parameter(torch.empty(self.num_experts, self.intermediate_dim, self.hidden_dim))
-        self.up_proj_bias = nn.Parameter(torch.empty(self.num_experts, self.intermediate_dim))
-        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
-        self.down_proj_bias = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim))
+    With biases where the family has them: gate_up_proj_bias (E, 2F) or up_proj_bias (E, F), down_proj_bias (E, D).
+    mlp: the family's own, used for its activation and shapes only.
+    """
 
-    def forward(self, hidden_TD: Tensor, experts_TK: Tensor, gates_TK: Tensor) -> Tensor:
-        def ffn(expert: int, x: Tensor) -> Tensor:
-            up = self.act_fn(nn.functional.linear(x, self.up_proj[expert], self.up_proj_bias[expert]))
-            return nn.functional.linear(up, self.down_proj[expert], self.down_proj_bias[expert])
-
-        return _loop_over_experts(self, hidden_TD, experts_TK, gates_TK, ffn)
+    def __init__(self, config: UpcycledConfig, mlp: nn.Module, family: Family):
+        super().__init__(config, mlp, family)
+        # After the decorator's own __init__, which knows one layout for all instances of a class.
+        self.has_gate, self.has_bias = family.gated, hasattr(self, "down_proj_bias")
 
 
 class RoutedExperts(nn.Module):
     """The feed-forward sublayer of a mixture: a router and the branches' MLPs."""
 
-    def __init__(self, config: UpcycledConfig, layer: int):
+    def __init__(self, config: UpcycledConfig, mlp: nn.Module, layer: int):
         super().__init__()
-        gated = family_of(config.seed).gate is not None
+        family = family_of(config.seed)
         self.router = Router(
             config.hidden_size,
             config.num_experts,
@@ -128,13 +117,14 @@ class RoutedExperts(nn.Module):
             top_k=config.num_experts_per_tok,
             gate_scale=config.gate_scale,
         )
-        self.experts = (GatedExperts if gated else PlainExperts)(config)
+        self.experts = StackedExperts(config, mlp, family)
+        self.dropout = nn.Dropout(getattr(config.seed, family.mlp_dropout) if family.mlp_dropout else 0.0)
         self.trace: RoutingTrace | None = None
 
     def forward(self, hidden_BSD: Tensor) -> Tensor:
         hidden_TD = hidden_BSD.flatten(0, -2)
         routing = self.router(hidden_TD, self.trace)
-        return self.experts(hidden_TD, routing.experts, routing.gates).view(hidden_BSD.shape)
+        return self.dropout(self.experts(hidden_TD, routing.experts, routing.gates).view(hidden_BSD.shape))
 
 
 @cache
@@ -160,7 +150,7 @@ def traced(layer_class: type) -> type:
 @torch.no_grad()
 def _init_ours(module: nn.Module, std: float) -> bool:
     """Initialise a module of ours; False if it is not one. transformers.initialization spares loaded tensors."""
-    if not isinstance(module, (GatedExperts, PlainExperts, GatedOutput, Router)):
+    if not isinstance(module, (StackedExperts, GatedOutput, Router)):
         return False
     for name, parameter in module.named_parameters(recurse=False):
         init.zeros_(parameter) if "bias" in name else init.normal_(parameter, std=std)
@@ -211,10 +201,10 @@ class UpcycledModel(UpcycledPreTrainedModel):
         decoder_class = AutoModel._model_mapping[type(config.seed)]  # pyright: ignore[reportIndexIssue]
         self.decoder = initialising(decoder_class)._from_config(config.seed)
         family = family_of(config.seed)
-        for index, layer in enumerate(self.decoder.layers):
+        for index, layer in enumerate(getattr(self.decoder, family.layers)):
             layer.__class__ = traced(type(layer))
             layer.routed_parts = [family.mlp]
-            setattr(layer, family.mlp, RoutedExperts(config, index))
+            setattr(layer, family.mlp, RoutedExperts(config, getattr(layer, family.mlp), index))
             if config.attention == "mixture":
                 dense = getattr(layer, family.attention)
                 mixture = soft_mixture_of_attention(dense, config.seed, config.num_experts, config.kv, index)
@@ -258,7 +248,7 @@ class UpcycledForCausalLM(UpcycledPreTrainedModel, GenerationMixin):
     def __init__(self, config: UpcycledConfig):
         super().__init__(config)
         self.model = UpcycledModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=family_of(config.seed).head_bias)
         embedding = next(n for n, m in self.model.named_modules() if m is self.model.get_input_embeddings())
         self._tied_weights_keys = {"lm_head.weight": f"model.{embedding}.weight"}
         self.post_init()
@@ -299,7 +289,7 @@ class UpcycledForCausalLM(UpcycledPreTrainedModel, GenerationMixin):
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, trace=trace, **kwargs
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(out.last_hidden_state[:, keep])
+        logits = final_logits(self.config.seed, self.lm_head(out.last_hidden_state[:, keep]))
         loss, cross_entropy, aux = None, None, None
         if labels is not None:
             cross_entropy = self.loss_function(

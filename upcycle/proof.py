@@ -18,12 +18,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from upcycle.assembly import Piece, plan_pieces
-from upcycle.attention import join_fused
 from upcycle.checkpoint import Checkpoint, tensor_sha256
 from upcycle.durable import write_json
-from upcycle.families import family_of
+from upcycle.families import family_of, join_fused
 from upcycle.modeling import RoutedExperts, UpcycledForCausalLM
+from upcycle.pieces import Piece, plan_pieces
 from upcycle.routing import RoutingTrace
 
 TOLERANCE = 1e-4  # of the largest value, in fp32; a misplaced tensor is off by 0.1 and more
@@ -46,7 +45,7 @@ def prove(mixture_dir: Path, expert_dirs: dict[str, Path]) -> dict:
     sublayers, gate_sum = _watch_sublayers(model, tokens)
     errors = {}
     for index, (name, checkpoint) in enumerate(experts.items()):
-        dense = _dense_reference(mixture, pieces, model.config, checkpoint)
+        dense = _dense_reference(mixture, pieces, model.config, checkpoint, index)
         errors[name] = _largest_difference(model, dense, tokens, index)
         if not errors[name] <= TOLERANCE:
             raise ValueError(
@@ -72,11 +71,12 @@ def _check_hashes(mixture: Checkpoint, pieces: list[Piece], experts: list[str]) 
     rows = {row["target"]: row for row in json.loads((mixture.directory / "assembly.json").read_text())["tensors"]}
     count = 0
     for piece in pieces:
-        if piece.unstack is None:
+        if piece.origin not in ("stacked", "copied"):
             continue
-        stacked = mixture.get(piece.target)
-        for index, name in enumerate(experts):
-            for part, expected in zip(piece.unstack(stacked, index), rows[piece.target]["sha256"][name], strict=True):
+        ours = mixture.get(piece.target)
+        for name, expected_parts in rows[piece.target]["sha256"].items():
+            parts = piece.unstack(ours, experts.index(name)) if piece.unstack else [ours]
+            for part, expected in zip(parts, expected_parts, strict=True):
                 if tensor_sha256(part) != expected:
                     raise ValueError(
                         f"{mixture.directory}: {piece.target}: expert {name!r} does not hold the tensors of its branch"
@@ -93,8 +93,7 @@ def _check_averages(mixture: Checkpoint, pieces: list[Piece], experts: list[Chec
         if piece.origin != "merged":
             continue
         ours = mixture.get(piece.target)
-        mean = torch.stack([expert.get(piece.sources[0]).double() for expert in experts]).mean(0)
-        mean = piece.cut(mean) if piece.cut else mean
+        mean = piece.cut(torch.stack([expert.get(piece.sources[0]).double() for expert in experts]).mean(0))
         if not torch.allclose(ours.double(), mean, rtol=2 * torch.finfo(ours.dtype).eps, atol=1e-6):
             raise ValueError(
                 f"{mixture.directory}: {piece.target} is not the average of {piece.sources[0]} over the experts"
@@ -111,7 +110,7 @@ class _Sublayer:
     @torch.no_grad()
     def subtract(self, dense: Any, expert: int) -> None:
         family = family_of(dense.config)
-        mlp = getattr(dense.base_model.layers[self.layer], family.mlp)
+        mlp = getattr(getattr(dense.base_model, family.layers)[self.layer], family.mlp)
         self.rest_TD -= self.gates_TE[:, expert, None] * mlp(self.hidden_TD)
 
     def left(self) -> float:
@@ -147,23 +146,25 @@ def _watch_sublayers(model: Any, tokens: Tensor) -> tuple[list[_Sublayer], float
     return sublayers, torch.stack(sums).mean().item()
 
 
-def _dense_reference(mixture: Checkpoint, pieces: list[Piece], config, expert: Checkpoint) -> nn.Module:
-    """A dense model of the seed's class: the expert's own stacked tensors, the mixture's merged ones for the rest."""
-    dtype = mixture.dtype()  # what the sources were cast to
+def _dense_reference(mixture: Checkpoint, pieces: list[Piece], config, expert: Checkpoint, index: int) -> nn.Module:
+    """A dense model of the seed's class: the expert's own tensors, the mixture's merged ones for the rest."""
+    family, dtype = family_of(config.seed), mixture.dtype()  # what the sources were cast to
     state: dict[str, Tensor] = {}
-    halves: dict[str, dict[str, Tensor]] = {}
+    fused: dict[str, dict[str, Tensor]] = {}
     for piece in pieces:
-        if piece.origin == "stacked" and piece.cut is None:
-            state.update({source: expert.get(source).to(dtype) for source in piece.sources})
-        elif piece.origin == "stacked":
-            assert piece.cut is not None
-            halves.setdefault(piece.sources[0], {})["query"] = piece.cut(expert.get(piece.sources[0])).to(dtype)
-        elif piece.origin == "merged" and piece.cut is not None:
-            halves.setdefault(piece.sources[0], {})["key_value"] = mixture.get(piece.target)
-        elif piece.origin == "merged":
-            state[piece.sources[0]] = mixture.get(piece.target)
-    for source, half in halves.items():
-        state[source] = join_fused(half["query"], half["key_value"], config.seed.num_attention_heads)
+        if piece.origin == "fresh" or piece.expert not in (None, index):
+            continue
+        own = None if piece.origin == "merged" else {name: expert.get(name).to(dtype) for name in piece.sources}
+        if piece.part is not None:
+            (source,) = piece.sources
+            fused.setdefault(source, {})[piece.part] = (
+                mixture.get(piece.target) if own is None else piece.cut(own[source])
+            )
+        else:
+            state |= {piece.sources[0]: mixture.get(piece.target)} if own is None else own
+    for source, parts in fused.items():
+        whole = join_fused(parts, family, config.seed)
+        state[source] = whole.t() if family.conv1d else whole
     dense = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(expert.directory), dtype=torch.float32)
     missing, unexpected = dense.load_state_dict(state, strict=False)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()

@@ -5,6 +5,7 @@ Heavy imports are inside the functions: planning a run imports this file and mus
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +87,15 @@ def train_model(config: dict[str, Any], *, out: Path, run: Run, model: Path, dat
 
 def _train_and_save(model, train_config, skip_tokens, data, tokenizer: Path, out: Path, run: Run) -> None:
     from upcycle.cost import Shape
-    from upcycle.directories import copy_tokenizer
+    from upcycle.directories import copy_companions
     from upcycle.train import train
 
     flops = Shape.of_config(model.config.to_dict()).train_flops_per_token(train_config.sequence_length)
     train(model, train_config, data, out, run, flops, skip_tokens)
     model.save_pretrained(out)
-    copy_tokenizer(tokenizer, out)
+    copy_companions(tokenizer, out)
+    if (tokenizer / "assembly.json").is_file():  # what a mixture's tensors came from stays true of it
+        shutil.copyfile(tokenizer / "assembly.json", out / "assembly.json")
 
 
 @versioned(1)
@@ -107,9 +110,10 @@ def merge_models(config: dict[str, Any], *, out: Path, run: Run, seed: Path, bra
 def assemble_moe(config: AssembleConfig, *, out: Path, run: Run, seed: Path, branches: dict[str, Path]) -> None:
     """Seed and branches as one mixture, proved against them."""
     from upcycle.assembly import write_mixture
+    from upcycle.families import is_listed
 
-    write_mixture(seed, branches, out, config, advance=run.advance)
-    if config.prove:
+    written = write_mixture(seed, branches, out, config, advance=run.advance)
+    if config.prove or not is_listed(written.seed):
         from upcycle.proof import prove
 
         proof = prove(out, ({"seed": seed} if config.include_seed else {}) | branches)

@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -175,8 +176,11 @@ class Store:
             artifact.function(
                 artifact.config, out=partial, run=replace(run, saved=clock.save), **artifact.outside, **inputs
             )
-        finally:
-            clock.save()
+        except BaseException:
+            with suppress(OSError):  # a full disk must not hide why the stage failed
+                clock.save()
+            raise
+        clock.save()
         for path in partial.rglob("*"):
             sync(path)
         write_json(partial / RECORD, _record(artifact))

@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,6 +23,7 @@ from transformers import PreTrainedModel
 
 from upcycle.batches import Batches
 from upcycle.config import TrainConfig
+from upcycle.families import language_model_head
 from upcycle.losses import cross_entropy_sum, next_token_labels
 from upcycle.machine import matmul_peak_flops
 from upcycle.modeling import UpcycledForCausalLM
@@ -62,7 +62,7 @@ class Objective(nn.Module):
             extra = {"trace": trace} if trace else {}
             hidden = self.model.base_model(input_ids=input_ids_BS, use_cache=False, **extra).last_hidden_state
             labels = next_token_labels(input_ids_BS)
-            head: Any = self.model.get_output_embeddings()
+            head = language_model_head(self.model)
             nats, _ = cross_entropy_sum(hidden.flatten(0, 1), head, labels.flatten(), self.model.config.vocab_size)
         parts = {"cross_entropy": nats / targets}
         loss = parts["cross_entropy"]

@@ -1,0 +1,149 @@
+"""What a user types: rewritten where Hydra's grammar is in the way, and explained where Hydra refuses it."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from upcycle.config import nearest
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+TAKES_A_VALUE = {"--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p"}
+SWEEPS = {"-m", "--multirun"}
+DIRECTORY = re.compile(r"(?P<key>\+{0,2}(?:seed\.path|branches\.[^.=]+\.path|out|artifacts))=(?P<value>.*)", re.S)
+BRANCH = re.compile(r"\+{0,2}branches\.(?P<name>[^.=]+)(?P<path>\.path)?=(?P<value>.*)", re.S)
+# A directory that Hydra takes without quotes, and as text.
+PLAIN = re.compile(r"[A-Za-z_./][\w/\-.+%@:]*", re.ASCII)
+
+
+def rewritten(arguments: list[str]) -> list[str]:
+    """The arguments as Hydra wants them: options first, directories quoted, branches that no file names.
+
+    Raises ValueError: a branch is given twice, without `.path`, or by a name that Hydra cannot read.
+    """
+    sweep = bool(SWEEPS & set(arguments))
+    arguments = [_quoted(argument, sweep) for argument in _options_first(arguments)]
+    return _free_branches(arguments)
+
+
+def _options_first(arguments: list[str]) -> list[str]:
+    """Hydra's parser takes no override between two options: all overrides to the end."""
+    overrides, others = [], []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        override = ("=" in argument and not argument.startswith("-")) or argument.startswith(("+", "~"))
+        (overrides if override and before not in TAKES_A_VALUE else others).append(argument)
+    return others + overrides
+
+
+def _quoted(argument: str, sweep: bool) -> str:
+    """A directory's name as text: Hydra reads `=`, `~`, brackets, accents and leading digits in its own way."""
+    found = DIRECTORY.fullmatch(argument)
+    if found is None or found["value"] in ("", "null") or found["value"].startswith(("'", '"', "$")):
+        return argument
+    if PLAIN.fullmatch(found["value"]) or (sweep and "," in found["value"]):
+        return argument
+    escaped = found["value"].replace("'", "\\'")
+    return f"{found['key']}='{escaped}'"
+
+
+def _free_branches(arguments: list[str]) -> list[str]:
+    """`branches.NAME.path=DIR` for any NAME, in place of a training that the experiment has planned for that branch.
+
+    Hydra adds a key that no file has only with `++`, and the file's `train` would be a second origin of the branch.
+    """
+    seen: dict[str, str] = {}
+    result = []
+    for argument in arguments:
+        found = BRANCH.fullmatch(argument)
+        if found is None or found["value"].startswith("{") or found["value"] == "null":
+            result.append(argument)
+            continue
+        name, value = found["name"], found["value"]
+        if not found["path"]:
+            raise ValueError(f"{argument}: expected settings of the branch; write branches.{name}.path={value}")
+        if name in seen:
+            raise ValueError(
+                f"branches.{name}.path is given twice ({seen[name]}, {value}), expected one checkpoint for each branch; "
+                "give the other branch a name of its own"
+            )
+        if not re.fullmatch(r"[A-Za-z_][\w-]*", name, re.ASCII):
+            raise ValueError(
+                f"branches.{name}: expected a name of letters, digits, - and _ that starts with a letter; rename the branch"
+            )
+        seen[name] = value
+        result.append(f"++branches.{name}.path={value}")
+        if not any(re.match(rf"\+{{0,2}}branches\.{re.escape(name)}\.train\b", other) for other in arguments):
+            result.append(f"++branches.{name}.train=null")
+    return result
+
+
+def swept_keys(arguments: list[str]) -> set[str]:
+    """The keys that the runs of a sweep differ in, as typed."""
+    overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    return {str(one.input_line).split("=")[0] for one in parsed if one.is_sweep_override()}
+
+
+def check_package(raw: DictConfig) -> None:
+    """Raises ValueError: the experiment's file lacks the line that puts its settings at the top."""
+    if isinstance(raw.get("experiment"), DictConfig):
+        raise ValueError(
+            "the experiment's settings came in below a key `experiment`, expected them at the top; make "
+            "`# @package _global_` the first line of its file"
+        )
+
+
+def explained(error: Exception) -> str:
+    """Hydra's or OmegaConf's complaint, with the names that would have been valid there."""
+    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
+        return _no_such_choice(error.missing_cfg_file, sorted(set(error.options)))
+    if isinstance(error, MissingMandatoryValue) and error.full_key:
+        return f"{error.full_key}: missing; give it a value ({error.full_key}=...)"
+    return _unknown_key(str(error))
+
+
+def _no_such_choice(file: str, choices: list[str]) -> str:
+    group, _, choice = file.rpartition("/")
+    own = _option(sys.argv[1:], "--config-dir", "-cd")
+    where = f" Looked in {CONF / group} and {Path(own) / group}." if own else ""
+    return f"{group}={choice}: no such file{nearest(choice, choices)} Choices: {', '.join(choices)}.{where}"
+
+
+def _option(arguments: list[str], *names: str) -> str | None:
+    for argument, after in zip(arguments, [*arguments[1:], None], strict=True):
+        for name in names:
+            if argument == name:
+                return after
+            if argument.startswith(f"{name}="):
+                return argument.removeprefix(f"{name}=")
+    return None
+
+
+def _unknown_key(message: str) -> str:
+    found = re.search(r"full_key: (\S+)", message) or re.search(r"override '([^']+)'", message)
+    if found is None or "Did you mean" in message:  # Hydra's own guess, at a group's place
+        return message
+    path = found.group(1).split(".")
+    overrides = [argument for argument in sys.argv[1:] if argument.startswith("experiment=")]
+    if own := _option(sys.argv[1:], "--config-dir", "-cd"):
+        overrides.append(f"hydra.searchpath=[file://{Path(own).absolute()}]")
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        try:
+            node: Any = hydra.compose("config", overrides=overrides)
+        except (HydraException, OmegaConfBaseException):
+            return message
+    for depth, part in enumerate(path):
+        names = [str(key) for key in node] if isinstance(node, DictConfig) else []
+        if part not in names:
+            where = ".".join(path[: depth + 1])
+            return f"{where}: unknown key{nearest(part, names)} Valid here: {', '.join(names)}" if names else message
+        node = node[part]
+    return message
