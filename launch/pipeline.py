@@ -20,7 +20,7 @@ from rich.console import Console
 
 from launch.config import Config, build, nearest
 from launch.overrides import CONF, check_package, explained, rewritten, swept_keys
-from launch.plan import check_sources, print_dry_run, print_plan
+from launch.plan import check_sources, check_texts, print_dry_run, print_plan
 from launch.recipes import Experiment, upcycle
 from upcycle.directories import check_room
 from upcycle.durable import atomic_directory, write_json
@@ -110,6 +110,8 @@ def compute(cfg: Config, store: Store, stages: list[Artifact], console: Console)
         if stage.finished:
             store.make(stage, run=_silent())
             continue
+        if "data" in stage.inputs:
+            check_texts(stages)
         with tracker.stage(stage.name) as stage_run:
             made = store.make(stage, stage_run)
         console.print(

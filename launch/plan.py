@@ -8,10 +8,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from evals.stages import evaluate_model
 from launch.recipes import Experiment
+from upcycle.config import TrainConfig
 from upcycle.cost import Shape
 from upcycle.explain import explain_plan
-from upcycle.stages import assemble_moe, import_model
+from upcycle.stages import assemble_moe, import_model, prepare_seed, train_model
 from upcycle.store import Artifact
 
 
@@ -32,13 +34,18 @@ def stage_cost(experiment: Experiment, stage: Artifact) -> tuple[Shape | None, f
     if lineage is None or stage.name.startswith(("documents/", "tokens/")):
         return None, None, None
     shape = lineage.shape
-    train = stage.config.train if stage.name == "seed" and stage.config else None
-    if isinstance(stage.config, dict):
-        train = stage.config.get("train", train)
+    train = _train_of(stage)
     if train is None:  # assembled, merged, evaluated: the weights only
         return shape, None, shape.parameters * 4
     flops = train.steps * train.batch_tokens * shape.train_flops_per_token(train.sequence_length)
     return shape, flops, shape.train_bytes
+
+
+def _train_of(stage: Artifact) -> TrainConfig | None:
+    """The settings of a training stage; None of any other."""
+    if stage.function is prepare_seed:
+        return stage.config.train
+    return stage.config["train"] if stage.function is train_model else None
 
 
 def print_plan(experiment: Experiment, console: Console) -> None:
@@ -90,6 +97,24 @@ def check_sources(stages: list[Artifact], console: Console) -> None:
         console.print(f"{assembly.name}: {len(branches) + 1} checkpoints fit together", highlight=False)
         for note in notes:
             console.print(f"  note: {note}", highlight=False, markup=False, soft_wrap=True)
+
+
+def check_texts(stages: list[Artifact]) -> None:
+    """Every domain holds a sequence of each training run and something to predict, before the first of them starts.
+
+    Raises ValueError: see `batches.TokenArray`.
+    """
+    from upcycle.batches import TokenArray
+
+    for stage in stages:
+        data = stage.inputs.get("data", {})
+        if stage.finished or not all(tokens.finished for tokens in data.values()):
+            continue
+        for tokens in data.values():
+            if stage.function is evaluate_model:
+                TokenArray(tokens.path, stage.config.split, sequence_length=2)  # one prediction
+            elif train := _train_of(stage):
+                TokenArray(tokens.path, "train", train.sequence_length)
 
 
 def _compared(seed: Path, branches: dict[str, Path]) -> list[str]:

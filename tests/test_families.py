@@ -60,6 +60,15 @@ def forward_and_gradients(kind, mixture, tmp_path):
 
 
 @torch.no_grad()
+def copies_are_the_seed(kind, mixture, tmp_path):
+    """Gates sum to 1, so a mixture of copies is the model that was copied."""
+    seed = tiny.dense_models(f"family/{kind}", count=1)[0]
+    implementation = "eager" if kind in EAGER_ONLY else "sdpa"
+    copies = tiny.mixture_of([seed] * 3, implementation=implementation, **MIXTURES[mixture])
+    torch.testing.assert_close(copies(tiny.tokens()).logits.float(), seed(tiny.tokens()).logits.float())
+
+
+@torch.no_grad()
 def dynamic_cache(kind, mixture, tmp_path):
     """A prompt and then token by token equals all at once, past the sliding window too."""
     _, ours = mixture_of(kind, mixture)
@@ -131,6 +140,7 @@ def assembled_and_proved(kind, mixture, tmp_path):
 
 CAPABILITIES = {
     "forward and gradients": forward_and_gradients,
+    "copies are the seed": copies_are_the_seed,
     "dynamic cache": dynamic_cache,
     "static cache": static_cache,
     "left padding": left_padding,

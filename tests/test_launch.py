@@ -126,6 +126,14 @@ def test_a_sweep_with_many_overrides_finds_names_for_its_runs(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_sequence_longer_than_a_domain_stops_before_the_seed_is_trained(finished):
+    longer = ["mix.sequence_length=10000000", "mix.tokens=1000000000", "seed.train.rng_seed=2", "dense=null"]
+    done = upcycle(*TINY, *longer, "name=longer", cwd=finished, check=False)
+    assert done.returncode == 2 and "fewer than one sequence of 10000000" in done.stderr
+    assert "made in" not in done.stdout
+
+
+@pytest.mark.slow
 def test_status_and_report_words(finished, tmp_path):
     done = upcycle("status", cwd=finished)
     assert "runs/tiny  41 of 41 stages done, finished" in done.stdout
