@@ -197,6 +197,7 @@ def deliver(name: str, mixture: Artifact, destination: str | None, console: Cons
     if destination is not None:
         where = Path(destination).expanduser()
         if not _holds(where, mixture):
+            check_room(where, sum(path.stat().st_size for path in mixture.path.iterdir() if path.is_file()))
             with atomic_directory(where) as partial:
                 shutil.copytree(mixture.path, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoints"))
     console.print(explain(where).summary(), highlight=False, markup=False, soft_wrap=True)

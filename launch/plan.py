@@ -12,7 +12,7 @@ from evals.stages import evaluate_model
 from launch.recipes import Experiment
 from upcycle.config import TrainConfig
 from upcycle.cost import Shape
-from upcycle.explain import explain_plan
+from upcycle.explain import check_family, explain_plan
 from upcycle.stages import assemble_moe, import_model, prepare_seed, train_model
 from upcycle.store import Artifact
 
@@ -87,11 +87,15 @@ def check_sources(stages: list[Artifact], console: Console) -> None:
     for assembly in (stage for stage in stages if stage.function is assemble_moe and not stage.finished):
         found = sources(assembly)
         new = [stage for stage in assembly.parents() if stage.function is import_model and not stage.finished]
-        if not new or "seed" not in found or len(found) < 2:
+        if "seed" not in found:
+            continue
+        check_family(found["seed"], list(assembly.inputs["branches"]), assembly.config)
+        if not new or len(found) < 2:
             continue
         seed, branches = found.pop("seed"), found
         if len(branches) == len(assembly.inputs["branches"]):
-            notes = explain_plan(seed, branches, assembly.config).notes
+            planned = explain_plan(seed, branches, assembly.config)
+            notes = planned.notes + planned.kinship
         else:
             notes = _compared(seed, branches)
         console.print(f"{assembly.name}: {len(branches) + 1} checkpoints fit together", highlight=False)
@@ -124,7 +128,8 @@ def _compared(seed: Path, branches: dict[str, Path]) -> list[str]:
     from upcycle.relatedness import check_related
 
     first, others = Checkpoint(seed), {name: Checkpoint(path) for name, path in branches.items()}
-    return check_alike(first, others) + check_related(first, others).warnings
+    kin = check_related(first, others)
+    return check_alike(first, others) + kin.warnings + kin.figures()
 
 
 def print_dry_run(experiment: Experiment, console: Console) -> None:

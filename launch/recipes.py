@@ -31,7 +31,8 @@ from upcycle.store import Artifact, Store
 class Lineage:
     """What a model is and what it took: known from the settings, before anything runs.
 
-    tokens and flops are None for a model that was brought along: nobody here knows what it cost.
+    tokens and flops are None for a branch that was brought along: nobody here knows what it cost. A seed that was brought
+    along counts nothing: all models have it in common.
     """
 
     shape: Shape

@@ -64,7 +64,7 @@ MISTAKES = {
     ),
     "feed-forward biases": (
         {"seed.sizes.mlp_bias": True},
-        "seed: sizes.mlp_bias: biases in gated feed-forwards are not supported; leave it out",
+        "seed: sizes.mlp_bias: a seed that is pretrained here has none in its feed-forwards; leave it out",
     ),
     "vocabulary among the sizes": (
         {"seed.sizes.vocab_size": 100},

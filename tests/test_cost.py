@@ -14,6 +14,10 @@ from upcycle.modeling import UpcycledForCausalLM
 MIXTURES = [("merged", "expert"), ("mixture", "expert"), ("mixture", "shared")]
 
 
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim",
+)  # fmt: skip
 FAMILIES = [f"family/{kind}" for kind in FAMILY_CONFIGS]
 
 
@@ -25,6 +29,17 @@ def test_dense_parameters_are_exact(kind, tied):
         model = AutoModelForCausalLM.from_config(config)
     shape = Shape.of_config(config.to_dict())
     assert shape.parameters == shape.active_parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_config_that_leaves_defaults_out_counts_the_same(kind):
+    upstream = {"head_dim": 128} if kind == "family/nemotron" else {}  # its own default does not build
+    config = type(dense_config(kind))(vocab_size=61, num_hidden_layers=2, pad_token_id=None, **upstream)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    named = {name: getattr(config, name) for name in SIZES if getattr(config, name, None) is not None}
+    shape = Shape.of_config({"model_type": config.model_type} | named)
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize(("attention", "kv"), MIXTURES)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.tiny import FAMILY_CONFIGS, dense_models, tokens
 from upcycle.assembly import write_mixture
-from upcycle.checkpoint import Checkpoint
+from upcycle.checkpoint import Checkpoint, import_checkpoint
 from upcycle.config import AssembleConfig, RouterConfig
 from upcycle.preflight import check_alike, model_config
 from upcycle.vocabulary import vocabularies
@@ -126,7 +126,7 @@ def test_two_models_of_any_family_are_alike(family, tmp_path):
     branch = save(tmp_path / "code", f"family/{family}", 1, dtype=torch.bfloat16)
     (note,) = alike(first, code=branch)
     assert note.endswith(
-        "its weights are stored in BF16, the seed's in F32; without a dtype of its own the mixture gets F32"
+        "its weights are stored in bfloat16, the seed's in float32; without a dtype of its own the mixture gets float32"
     )
 
 
@@ -152,7 +152,7 @@ def test_what_differs_and_is_allowed_is_noted(seed, tmp_path):
     assert alike(seed, code=other) == [
         f"{where}: attention_dropout is 0.25, the seed's is 0.0; the mixture gets the seed's",
         f"{where}: unsloth_version is '1', the seed's is None; the mixture gets the seed's",
-        f"{where}: its weights are stored in BF16, the seed's in F32; without a dtype of its own the mixture gets F32",
+        f"{where}: its weights are stored in bfloat16, the seed's in float32; without a dtype of its own the mixture gets float32",
     ]
 
 
@@ -380,6 +380,49 @@ def test_a_stored_head_beside_tied_embeddings_is_refused(seed, code):
         f"{code}: lm_head.weight is stored, but tie_word_embeddings=True says that the head is the embedding; load the "
         "model and save_pretrained it again, with tie_word_embeddings=False if the two differ"
     )
+
+
+def test_a_stored_head_that_is_the_tied_embedding_is_no_second_tensor(tmp_path):
+    tied = save(tmp_path / "tied", tie_word_embeddings=True)
+    both = shutil.copytree(tied, tmp_path / "both")
+    tensors = load_file(both / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, both / "model.safetensors", metadata={"format": "pt"})
+    assert alike(tied, code=both) == []
+
+
+def test_a_value_that_the_mixtures_dtype_cannot_hold_is_named(seed, code, tmp_path):
+    name = "model.layers.0.mlp.up_proj.weight"
+    shard = code / Checkpoint(code).files[name]
+    tensors = load_file(shard)
+    tensors[name][0, 0] = 1e6
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(ValueError) as error:
+        write_mixture(seed, {"code": code}, tmp_path, AssembleConfig(dtype="float16"))
+    assert str(error.value) == (
+        f"{code}: {name} holds 1e+06, more than float16 can; choose assemble.dtype=bfloat16 or float32"
+    )
+
+
+def test_most_tensors_decide_the_dtype(tmp_path):
+    half = save(tmp_path / "half", dtype=torch.bfloat16)
+    tensors = load_file(half / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].float()
+    save_file(tensors, half / "model.safetensors", metadata={"format": "pt"})
+    assert Checkpoint(half).dtype() == torch.bfloat16
+
+
+@pytest.mark.parametrize("shard", ["5GB", "30KB"])
+def test_weights_under_other_names_load_after_their_import(tmp_path, shard):
+    source, out = save(tmp_path / "source", shard=shard), tmp_path / "out"
+    for number, path in enumerate(sorted(source.glob("*.safetensors"))):
+        path.rename(source / f"mine-{number}.safetensors")
+    (source / "model.safetensors.index.json").unlink(missing_ok=True)
+    out.mkdir()
+    import_checkpoint(source, out)
+    again = AutoModelForCausalLM.from_pretrained(out)
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, Checkpoint(source).get(name)), name
 
 
 def test_gpt2_as_openai_saved_it_has_todays_names(tmp_path):

@@ -88,21 +88,28 @@ def test_figures_equal_loops_over_weights(models, monkeypatch):
 
 
 def test_a_stranger_is_warned_of_with_its_figures(models):
-    heard = []
-    found = related(models, "code", "law", "stranger", notice=heard.append)
+    found = related(models, "code", "law", "stranger")
     distance = sorted(one.distance["stranger"] for one in found.layers)[2]
     cosine = sorted(one.seed_cosine["stranger"] for one in found.layers)[2]
     assert distance == pytest.approx(math.sqrt(2), abs=0.05) and cosine == pytest.approx(0, abs=0.05)
-    assert (
-        found.warnings
-        == heard
-        == [
-            f"branch 'stranger' ({models / 'stranger'}) does not look like a continuation of the seed ({models / 'seed'}): in 5 "
-            f"of 5 layers read (outside the layers first) ‖τ‖/‖θ_seed‖ is {distance:.2f} and cos(θ, θ_seed) {cosine:.2f} "
-            "(medians; an unrelated model of the same scale has 1.41 and 0.00). Averages with it will be poor; bring a branch "
-            "that was trained from this seed"
-        ]
-    )
+    assert found.warnings == [
+        f"branch 'stranger' ({models / 'stranger'}) does not look like a continuation of the seed ({models / 'seed'}): in 5 "
+        f"of 5 layers read (outside the layers first) ‖τ‖/‖θ_seed‖ is {distance:.2f} and cos(θ, θ_seed) {cosine:.2f} "
+        "(medians; an unrelated model of the same scale has 1.41 and 0.00). Averages with it will be poor; bring a branch "
+        "that was trained from this seed"
+    ]
+    lines = found.figures()
+    assert [line.split(":")[0] for line in lines] == [
+        "code",
+        "law",
+        "stranger",
+        "code/law",
+        "code/stranger",
+        "law/stranger",
+    ]
+    assert lines[2] == f"stranger: ‖τ‖/‖θ_seed‖ {distance:.2f}, cos(θ, θ_seed) {cosine:.2f}"
+    signs = sorted(one.sign_agreement["code/law"] for one in found.layers)[2]
+    assert lines[3].endswith(f"equal signs {signs:.2f}")
 
 
 def test_strangers_to_the_seed_share_its_negative(tmp_path):

@@ -52,6 +52,7 @@ FAMILY_CONFIGS: dict[str, dict] = {
     "stablelm": GROUPED | {"qk_layernorm": True, "use_qkv_bias": True} | NO_DROPOUT,
     "glm4": GROUPED | {"head_dim": 8, "attention_bias": True},
     "phi": GROUPED | {"qk_layernorm": True},
+    "seed_oss": GROUPED | {"attention_bias": True, "residual_dropout": 0.0, "attention_dropout": 0.0, "head_dim": 8},
     "phi3": GROUPED | {"sliding_window": 4},
     "nemotron": GROUPED | {"mlp_bias": True, "attention_bias": True, "head_dim": 8},
     "starcoder2": GROUPED | {"use_bias": True, "sliding_window": 4},

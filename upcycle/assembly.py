@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
+from upcycle.adoption import with_family
 from upcycle.checkpoint import Checkpoint, CheckpointWriter, tensor_sha256
 from upcycle.config import AssembleConfig
 from upcycle.configuration import UpcycledConfig
 from upcycle.cost import Shape
 from upcycle.directories import copy_companions
 from upcycle.durable import write_json
+from upcycle.families import is_listed
 from upcycle.merge import METHODS
 from upcycle.pieces import Piece, plan_pieces
 from upcycle.preflight import check_alike
@@ -26,10 +28,13 @@ REMOTE_CODE = ("modeling.py", "configuration.py", "attention.py", "families.py",
 
 
 def upcycled_config(seed, experts: Sequence[str], choice: AssembleConfig) -> UpcycledConfig:
-    """The mixture's config: `choice` in the model's own terms."""
+    """The mixture's config: `choice` in the model's own terms.
+
+    Raises ValueError: a seed whose family is neither listed nor adopted (adoption.py).
+    """
     router = choice.router
     return UpcycledConfig(
-        seed=seed.to_dict(),
+        seed=with_family(seed).to_dict(),
         experts=list(experts),
         num_experts_per_tok=router.top_k,
         router="soft" if router.kind == "soft" else router.gate_order,
@@ -68,7 +73,7 @@ def write_mixture(
     config = upcycled_config(seed_config, list(experts), choice)
     pieces = plan_pieces(config, seed.names)
     dtype = getattr(torch, choice.dtype) if choice.dtype else seed.dtype()
-    total_bytes = Shape.of_config(config.to_dict()).parameters * dtype.itemsize
+    total_bytes = Shape.of_config(config.to_dict()).parameters * dtype.itemsize if is_listed(config.seed) else 0
     writer, rows = CheckpointWriter(out, choice.max_shard_bytes, total_bytes), []
     for number, piece in enumerate(pieces):
         tensor, row = _make(piece, config, experts, choice, dtype)
@@ -96,7 +101,7 @@ def _make(
         name = config.experts[piece.expert]
         experts = {name: experts[name]}
     row["files"] = {name: [checkpoint.files[s] for s in piece.sources] for name, checkpoint in experts.items()}
-    sources = {name: [_finite(checkpoint, s) for s in piece.sources] for name, checkpoint in experts.items()}
+    sources = {name: [_finite(checkpoint, s, dtype) for s in piece.sources] for name, checkpoint in experts.items()}
     if piece.origin == "merged":
         return piece.cut(METHODS[choice.merge]([tensors[0] for tensors in sources.values()])).to(dtype), row
     cuts = {name: [piece.cut(tensor.to(dtype)) for tensor in tensors] for name, tensors in sources.items()}
@@ -108,10 +113,15 @@ def _make(
     return piece.stack(list(cuts.values())), row
 
 
-def _finite(checkpoint: Checkpoint, name: str) -> Tensor:
+def _finite(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Tensor:
     tensor = checkpoint.get(name)
     if not torch.isfinite(tensor).all():
         raise ValueError(f"{checkpoint.directory}: {name} holds NaN or infinite values; mend that checkpoint")
+    if not torch.isfinite(tensor.to(dtype)).all():
+        kind, largest = str(dtype).removeprefix("torch."), tensor.abs().max().item()
+        raise ValueError(
+            f"{checkpoint.directory}: {name} holds {largest:.4g}, more than {kind} can; choose assemble.dtype=bfloat16 or float32"
+        )
     return tensor
 
 

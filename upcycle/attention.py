@@ -35,9 +35,9 @@ def stack_heads(experts: list[Tensor], kv_heads: int | None) -> Tensor:
     d), so that the heads which read one key/value head are neighbours, as grouped-query attention expects.
     """
     stacked = torch.stack(experts)
-    if kv_heads is not None:
-        stacked = stacked.unflatten(1, (kv_heads, -1)).transpose(0, 1)
-    return stacked.flatten(0, 2).contiguous() if kv_heads is not None else stacked.flatten(0, 1)
+    if kv_heads is None:
+        return stacked.flatten(0, 1)
+    return stacked.unflatten(1, (kv_heads, -1)).transpose(0, 1).flatten(0, 2)
 
 
 def unstack_heads(wide: Tensor, expert: int, num_experts: int, kv_heads: int | None) -> Tensor:

@@ -160,7 +160,7 @@ def _results(facts: Facts) -> list[str]:
         lines.append(f"- Made by stage `{facts.stage}`{trained}.")
     if facts.figures.get("train_tokens"):
         lines.append(
-            f"- Tokens of all stages behind it, the seed's and the branches' included: {facts.figures['train_tokens']:,}."
+            f"- Tokens of all stages behind it (of a seed that was brought along, only what came after): {facts.figures['train_tokens']:,}."
         )
     if not facts.figures:
         return [*lines, "- No measurement is recorded here.", ""]
@@ -172,7 +172,7 @@ def _results(facts: Facts) -> list[str]:
 def _use(format: str) -> list[str]:
     flag = ", trust_remote_code=True" if format == "remote_code" else ""
     said = (
-        "The code is in this directory: read it before you trust it. With the package `upcycle` imported no flag is needed."
+        "The code is in this directory: read it before you trust it. After `import upcycle.modeling` no flag is needed."
         if format == "remote_code"
         else f"The class is transformers' own (`{format}`); its logits equal the mixture's in fp32."
     )

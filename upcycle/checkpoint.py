@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -13,14 +14,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from upcycle.directories import INDEX, check_room, indexed_tensors, model_files, read_config, weight_files
+from upcycle.directories import INDEX, SINGLE, check_room, indexed_tensors, model_files, read_config, weight_files
 from upcycle.durable import write_json
 
 # Buffers that old checkpoints carry and today's models compute themselves, and names that have changed since.
 IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$|\.(attention|attn)\.(masked_)?bias$")
 TODAYS_NAMES = {"embed_out.weight": "lm_head.weight"}  # GPT-NeoX's head
 SAVED_WITHOUT = {"gpt2": "transformer."}  # OpenAI's own GPT-2 was saved from the class without a head
-FLOATS = ("F64", "F32", "BF16", "F16")  # as safetensors calls them
+EMBEDDINGS = (".embed_tokens.weight", ".embed_in.weight", ".wte.weight")
+DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' words, torch's
 
 
 class Checkpoint:
@@ -43,6 +45,15 @@ class Checkpoint:
             prefix = ""
         self._stored_names = {TODAYS_NAMES.get(name, prefix + name): name for name in stored}
         self.files = {name: stored[as_stored] for name, as_stored in self._stored_names.items()}
+        if self._head_is_a_copy():
+            del self.files["lm_head.weight"]
+
+    def _head_is_a_copy(self) -> bool:
+        """Some tools store a tied head under its own name too."""
+        embedding = next((name for name in self.files if name.endswith(EMBEDDINGS)), None)
+        if not self.config.get("tie_word_embeddings") or "lm_head.weight" not in self.files or embedding is None:
+            return False
+        return torch.equal(self.get("lm_head.weight"), self.get(embedding))
 
     def _held_by(self, files: list[str]) -> dict[str, str]:
         """Stored tensor name -> file name, of files without an index."""
@@ -85,11 +96,11 @@ class Checkpoint:
 
         Raises ValueError: a shard that is not whole or not the index's; tensors that are no floating-point numbers.
         """
-        odd = {name: dtype for name in self.names if (dtype := self.stored_dtype(name)) not in FLOATS}
+        odd = {name: dtype for name in self.names if (dtype := self.stored_dtype(name)) not in DTYPES}
         if odd:
             shown = ", ".join(f"{name} is {dtype}" for name, dtype in list(odd.items())[:5])
             raise ValueError(
-                f"{self.directory}: {shown} ({len(odd)} in all), expected {', '.join(FLOATS)}: quantised or integer weights "
+                f"{self.directory}: {shown} ({len(odd)} in all), expected {', '.join(DTYPES)}: quantised or integer weights "
                 "cannot be averaged or trained; load the model, call model.dequantize() and save_pretrained it elsewhere"
             )
 
@@ -103,6 +114,10 @@ class Checkpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._open(self.files[name]).get_slice(self._stored_names[name]).get_shape())
 
+    def stored_name(self, name: str) -> str:
+        """What the file calls it."""
+        return self._stored_names[name]
+
     def stored_dtype(self, name: str) -> str:
         """As safetensors calls it: F32, BF16, ..."""
         return self._open(self.files[name]).get_slice(self._stored_names[name]).get_dtype()
@@ -112,8 +127,8 @@ class Checkpoint:
         return sum((self.directory / name).stat().st_size for name in set(self.files.values()))
 
     def dtype(self) -> torch.dtype:
-        """The dtype of the first tensor, in name order."""
-        return self.get(self.names[0]).dtype
+        """The dtype of most of its tensors."""
+        return getattr(torch, DTYPES[Counter(self.stored_dtype(name) for name in self.names).most_common(1)[0][0]])
 
 
 class CheckpointWriter:
@@ -176,7 +191,8 @@ def import_checkpoint(source: Path, out: Path) -> None:
 
     Raises ValueError: see Checkpoint; tensors of other dtypes; no room in `out`, or not to be written to.
     """
-    Checkpoint(source).check()
+    checkpoint = Checkpoint(source)
+    checkpoint.check()
     files = model_files(source)
     total_bytes = sum(path.stat().st_size for path in files)
     check_room(out, total_bytes)
@@ -188,3 +204,16 @@ def import_checkpoint(source: Path, out: Path) -> None:
                 f"{out / path.name}: could not write its {path.stat().st_size:,} bytes ({error.strerror}); "
                 f"{source} needs {total_bytes:,} bytes there"
             ) from None
+    _name_as_transformers_does(out, checkpoint)
+
+
+def _name_as_transformers_does(out: Path, checkpoint: Checkpoint) -> None:
+    """Weights without an index may have any names here; `from_pretrained` wants its own, or an index."""
+    names = sorted({checkpoint.directory / name for name in checkpoint.files.values()})
+    if (out / INDEX).is_file() or [path.name for path in names] == [SINGLE]:
+        return
+    if len(names) == 1:
+        os.replace(out / names[0].name, out / SINGLE)
+    else:
+        weight_map = {checkpoint.stored_name(name): file for name, file in checkpoint.files.items()}
+        write_json(out / INDEX, {"metadata": {"total_size": checkpoint.size_bytes()}, "weight_map": weight_map})

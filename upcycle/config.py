@@ -17,7 +17,7 @@ STRICT = ConfigDict(extra="forbid")
 Group = Literal["router", "experts", "attention", "rest"]
 GROUPS: tuple[str, ...] = get_args(Group)
 
-# The keys of upcycle.families.FAMILIES, which needs torch to import; a test holds the two equal.
+# Families that a seed can be pretrained in; checkpoints that are brought may be of any in upcycle.families.
 ARCHITECTURES = ("gpt_neox", "llama")
 REQUIRED_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 SIZES = (
@@ -26,7 +26,7 @@ SIZES = (
     "use_parallel_residual", "initializer_range", "attention_dropout", "hidden_dropout",
 )  # fmt: skip
 REFUSED_SIZES = {
-    "mlp_bias": "biases in gated feed-forwards are not supported; leave it out",
+    "mlp_bias": "a seed that is pretrained here has none in its feed-forwards; leave it out",
     "vocab_size": "the vocabulary's size is tokenizer.vocab_size; set it there",
 }
 
@@ -193,7 +193,7 @@ class SeedConfig:
         if architecture not in ARCHITECTURES:
             raise ValueError(
                 f"architecture={architecture!r} is not supported, expected one of {', '.join(ARCHITECTURES)}"
-                f"{nearest(architecture, ARCHITECTURES)} A new one is an entry in upcycle/families.py"
+                f"{nearest(architecture, ARCHITECTURES)} Bring a checkpoint of another family as seed.path"
             )
         for name in self.sizes:
             if name in REFUSED_SIZES:

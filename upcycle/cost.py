@@ -50,6 +50,7 @@ DETAILS = {
     "glm4": Details(qkv_bias="attention_bias", norms=4),
     "phi": replace(BIASED, norms=1, query_key_norms="head", norms_if="qk_layernorm", head_bias=True),
     "phi3": Details(),
+    "seed_oss": Details(qkv_bias="attention_bias", output_bias="attention_out_bias", mlp_bias="mlp_bias"),
     "nemotron": replace(LLAMA, gated=False, norm_bias=True),
     "starcoder2": replace(BIASED, mlp_bias="use_bias", qkv_bias="use_bias", output_bias="use_bias"),
     "gpt_neox": replace(BIASED, qkv_bias="attention_bias", output_bias="attention_bias"),
@@ -59,9 +60,10 @@ DETAILS = {
 ALIASES = {"n_embd": "hidden_size", "n_head": "num_attention_heads", "n_layer": "num_hidden_layers"}
 DEFAULTS: dict[str, dict] = {
     "gpt_neox": {"attention_bias": True},
-    "starcoder2": {"use_bias": True},
+    "seed_oss": {"attention_bias": True},
+    "starcoder2": {"use_bias": True, "tie_word_embeddings": True},
     "gpt2": {"tie_word_embeddings": True, "n_positions": 1024},
-    **{family: {"tie_word_embeddings": True} for family in ("cohere", "cohere2", "gemma2", "gemma3_text")},
+    **{family: {"tie_word_embeddings": True} for family in ("cohere", "cohere2", "gemma2", "gemma3_text", "smollm3")},
 }
 
 
@@ -70,7 +72,8 @@ class Shape:
     """The sizes that decide what a decoder costs. `experts = 1` and `attention_experts = 1` is a dense model.
 
     Parameters of one layer: `mlp`, of one expert; `queries`, all that every attention expert has, and `keys_values`,
-    which experts may share; `norms`. Of the model: `outside`, all but layers, embedding and head.
+    which experts may share; `norms`. Of the model: `positions`, learned ones;
+    `outside`, all but those, layers, embedding and head.
     """
 
     vocab: int
@@ -84,6 +87,7 @@ class Shape:
     keys_values: int
     norms: int
     outside: int
+    positions: int = 0
     tied: bool = False
     experts: int = 1
     top_k: int = 1
@@ -125,7 +129,8 @@ class Shape:
             + query_norm,
             keys_values=2 * kv_heads * size * (hidden + on(details.qkv_bias)) + key_norm,
             norms=norm * _norms(details, found),
-            outside=norm + hidden * found.get("n_positions", 0) + details.head_bias * found["vocab_size"],
+            outside=norm + details.head_bias * found["vocab_size"],
+            positions=hidden * found.get("n_positions", 0),
             tied=bool(found.get("tie_word_embeddings", False)),
         )
 
@@ -149,7 +154,7 @@ class Shape:
         keys_values = self.keys_values * (1 if self.shared_kv else self.attention_experts)
         attention = self.queries * self.attention_experts + keys_values
         layer = mlps * self.mlp + attention + routed * self.hidden + self.norms
-        return self.layers * layer + self.vocab * self.hidden * (1 if self.tied else 2) + self.outside
+        return self.layers * layer + self.vocab * self.hidden * (1 if self.tied else 2) + self.positions + self.outside
 
     @property
     def parameters(self) -> int:
@@ -162,7 +167,7 @@ class Shape:
 
     def forward_flops_per_token(self, sequence_length: int) -> int:
         """2 FLOPs per weight of every matrix product, plus causal attention's 2·S·H·d (half of all S² pairs)."""
-        lookups = self.vocab * self.hidden * (0 if self.tied else 1)  # an untied embedding is only looked up
+        lookups = self.vocab * self.hidden * (0 if self.tied else 1) + self.positions  # weights that nothing multiplies
         attention = 2 * sequence_length * self.heads * self.head_size * self.attention_experts * self.layers
         return 2 * (self.active_parameters - lookups) + attention
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -34,10 +35,9 @@ def write_json(path: Path, value: object, sort_keys: bool = True) -> None:
 @contextmanager
 def atomic_directory(final: Path) -> Iterator[Path]:
     """A directory to fill, which gets its name `final` only when the block ends without an error."""
-    partial = final.with_name(final.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{final.name}.partial-", dir=final.parent))
+    partial.chmod(0o755)  # mkdtemp's is for its owner alone
     try:
         yield partial
     except BaseException:

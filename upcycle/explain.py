@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from upcycle.config import AssembleConfig
-from upcycle.directories import INDEX
+from upcycle.directories import INDEX, resolve
 from upcycle.explanation import Explanation, TensorRow
 
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -27,7 +27,7 @@ def explain(directory: str | Path) -> Explanation:
 
     Raises ValueError: no config.json, or not of a mixture; a file that cannot be read.
     """
-    directory = Path(directory)
+    directory = resolve(directory)
     config = _json(directory / "config.json")
     if config is None:
         raise ValueError(f"{directory}: no config.json there; expected the directory of a mixture")
@@ -72,10 +72,10 @@ def _json(path: Path) -> Any:
 
 
 def _assembled(directory: Path, record: dict | None) -> Path | None:
-    """Where this mixture's assembly.json is: beside it, or in the artifact that it was trained from."""
+    """Where this mixture was assembled: the artifact that it was trained from, or where it is itself."""
     inputs = record.get("inputs", {}) if record else {}
     siblings = [directory.parent / f"{stage.replace('/', '-')}-{key[:8]}" for stage, key in inputs.items()]
-    return next((path for path in [directory, *siblings] if (path / "assembly.json").is_file()), None)
+    return next((path for path in [*siblings, directory] if (path / "assembly.json").is_file()), None)
 
 
 def _stages_of(experts: list[str], record: dict | None) -> dict[str, str]:
@@ -155,10 +155,12 @@ def explain_plan(
     pieces = plan_pieces(config, first.names)
     with torch.device("meta"):
         shapes = {name: list(t.shape) for name, t in UpcycledForCausalLM._from_config(config).state_dict().items()}
-    notes += check_related(first, others).warnings
+    kin = check_related(first, others)
+    notes += kin.warnings
     if not is_listed(config.seed):
         notes.append(
-            f"{config.seed.model_type} is not in the table of families; its parts were found, and its mixture must prove itself"
+            f"{config.seed.model_type} is not in the table of families; it has the parts of {config.seed.parts_of}, a small mixture of it passed the "
+            "check, and its mixture must prove itself"
         )
     dtype, rows = choice.dtype or str(first.dtype()).removeprefix("torch."), []
     for piece in pieces:
@@ -185,4 +187,20 @@ def explain_plan(
         tensors=rows,
         proof=None,
         notes=notes,
+        kinship=kin.figures(),
     )
+
+
+def check_family(seed: Path, branches: list[str], choice: AssembleConfig) -> None:
+    """The seed's tensors all have a place in the mixture; known before its branches are.
+
+    Raises ValueError: see `assembly.upcycled_config` and `pieces.plan_pieces`.
+    """
+    from upcycle.assembly import upcycled_config
+    from upcycle.checkpoint import Checkpoint
+    from upcycle.pieces import plan_pieces
+    from upcycle.preflight import model_config
+
+    checkpoint = Checkpoint(seed)
+    experts = ["seed"] * choice.include_seed + branches
+    plan_pieces(upcycled_config(model_config(checkpoint), experts, choice), checkpoint.names)

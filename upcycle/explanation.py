@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any
 
@@ -42,6 +42,9 @@ class Explanation:
     tensors: list[TensorRow]
     proof: dict[str, Any] | None
     notes: list[str]
+    kinship: list[str] = field(
+        default_factory=list
+    )  # of a planned one: how far its branches lie from seed and each other
 
     @property
     def parameters(self) -> int | None:
@@ -105,6 +108,7 @@ def _summary(found: Explanation) -> list[str]:
         ("parameters", f"{_count(found.parameters)}, active per token {_count(found.active_parameters)}"),
         ("bytes", f"{_count(found.bytes)} ({', '.join(sorted({row.dtype for row in found.tensors if row.dtype}))})"),
         ("proof", _proved(found.proof) if found.proof else "none"),
+        *(("kinship", figures) for figures in found.kinship),
         *(("note", note) for note in found.notes),
     ]
     return [f"{name:11} {value}" for name, value in lines]

@@ -24,6 +24,7 @@ from upcycle.modeling import UpcycledForCausalLM
 from upcycle.native import FORMATS, choose_format, native_config, native_tensors, notes
 from upcycle.proof import TOLERANCE
 
+SHORT_WINDOW = 8  # tokens, of the proof's 24
 RECORDS = ("assembly.json", "proof.json")  # of a mixture's directory, kept in a bundle
 
 
@@ -163,9 +164,13 @@ def _prove_equal(mixture: Path, native: Path, format: str, vocab_size: int) -> f
 
 @torch.no_grad()
 def _logits(model: Any, tokens_BS: Tensor, mask_BS: Tensor) -> Tensor:
-    """(tokens, V): logits of all valid tokens, then of the last ones again after a cache of the others."""
+    """(tokens, V): logits of all valid tokens, of the last ones again after a cache of the others, and of all once more
+    with any sliding window shortened to less than the text: a window that is lost shows."""
     model.eval()
     whole = model(tokens_BS, attention_mask=mask_BS).logits[mask_BS.bool()]
     past = model(tokens_BS[:, :-1], attention_mask=mask_BS[:, :-1], use_cache=True).past_key_values
     last = model(tokens_BS[:, -1:], attention_mask=mask_BS, past_key_values=past).logits[:, -1]
-    return torch.cat([whole, last])
+    config = getattr(model.config, "seed", model.config)
+    if getattr(config, "sliding_window", None):
+        config.sliding_window = SHORT_WINDOW
+    return torch.cat([whole, last, model(tokens_BS, attention_mask=mask_BS).logits[mask_BS.bool()]])

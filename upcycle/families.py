@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 Role = Literal["query", "key", "value", "fused", "output"]
 ACTIVATIONS = ("act_fn", "activation_fn", "act")  # attributes of an MLP that hold its activation
@@ -116,6 +117,7 @@ FAMILIES: dict[str, Family] = {
     "glm4": GLM4,
     "phi": PHI,
     "phi3": PHI3,
+    "seed_oss": replace(LLAMA, mlp_dropout="residual_dropout"),
     "nemotron": NEMOTRON,
     "starcoder2": STARCODER2,
     "gpt_neox": GPT_NEOX,
@@ -131,22 +133,23 @@ REFUSED: dict[str, str] = {
     "mpt": _NO_KEYWORDS,
 }
 
-_found: dict[str, Family] = {}
-
 
 def family_of(config) -> Family:
-    """The family of a Hugging Face config: its entry, or one whose parts its classes turn out to have.
+    """The family of a Hugging Face config: its entry, or that of the listed family whose parts it has (`parts_of`).
 
-    Raises ValueError: transformers' code of this model type stands in the way (it says how), or no entry fits.
+    Raises ValueError: transformers' code of this model type stands in the way (it says how), or it is not known.
     """
     kind = config.model_type
     if kind in FAMILIES:
         return FAMILIES[kind]
     if kind in REFUSED:
         raise ValueError(f"model_type={kind!r} is not supported: {REFUSED[kind]}; expected one of {_known()}")
-    if kind not in _found:
-        _found[kind] = _discover(config)
-    return _found[kind]
+    if (like := getattr(config, "parts_of", None)) in FAMILIES:
+        return FAMILIES[like]
+    raise ValueError(
+        f"model_type={kind!r} is not in the table of families, expected one of {_known()}, or a config whose parts_of "
+        "names one (assembling a mixture looks for it)"
+    )
 
 
 def is_listed(config) -> bool:
@@ -158,20 +161,30 @@ def _known() -> str:
     return ", ".join(sorted(FAMILIES))
 
 
-def _discover(config) -> Family:
-    """The first family that names every part of this config's classes, no more and no less."""
+def candidates(config) -> list[str]:
+    """Listed families, one name for each entry, that name every part of this config's classes, no more and no less.
+
+    Raises ValueError: there are none, or the model type is refused.
+    """
+    if config.model_type in REFUSED:
+        family_of(config)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except ValueError:
         raise ValueError(f"model_type={config.model_type!r} is no causal language model of transformers") from None
-    for family in FAMILIES.values():
-        if _has_parts(model, family):
-            return family
-    raise ValueError(
-        f"model_type={config.model_type!r} is not supported: its layers have other parts than the families known here "
-        f"({_known()}). To add it, describe its parts in upcycle/families.py"
-    )
+    entries: list[Family] = []
+    names = []
+    for name, family in FAMILIES.items():
+        if family not in entries and _has_parts(model, family):
+            entries.append(family)
+            names.append(name)
+    if not names:
+        raise ValueError(
+            f"model_type={config.model_type!r} is not supported: its layers have other parts than the families known here "
+            f"({_known()}). To add it, describe its parts in upcycle/families.py"
+        )
+    return names
 
 
 def _has_parts(model: Any, family: Family) -> bool:
@@ -187,6 +200,11 @@ def _has_parts(model: Any, family: Family) -> bool:
         if not set(family.projections) <= parts <= {*family.projections, *family.norms}:
             return False
         if {name.split(".")[0] for name, _ in mlp.named_parameters()} != {*family.up, family.down}:
+            return False
+        if isinstance(getattr(mlp, family.down), Conv1D) != family.conv1d:
+            return False
+        dropout = any("dropout" in name for name in (*vars(mlp), *dict(mlp.named_children())))
+        if dropout != (family.mlp_dropout is not None):
             return False
     return True
 

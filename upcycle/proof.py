@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from upcycle.checkpoint import Checkpoint, tensor_sha256
 from upcycle.durable import write_json
-from upcycle.families import family_of, join_fused
+from upcycle.families import Family, family_of, join_fused
 from upcycle.modeling import RoutedExperts, UpcycledForCausalLM
 from upcycle.pieces import Piece, plan_pieces
 from upcycle.routing import RoutingTrace
@@ -103,14 +103,13 @@ def _check_averages(mixture: Checkpoint, pieces: list[Piece], experts: list[Chec
 class _Sublayer:
     """Input, output and routing of one layer's experts in one forward; what is left after subtracting gate_e · MLP_e."""
 
-    def __init__(self, layer: int, hidden_TD: Tensor, output_TD: Tensor, gates_TE: Tensor):
-        self.layer, self.hidden_TD, self.gates_TE = layer, hidden_TD, gates_TE
+    def __init__(self, family: Family, layer: int, hidden_TD: Tensor, output_TD: Tensor, gates_TE: Tensor):
+        self.family, self.layer, self.hidden_TD, self.gates_TE = family, layer, hidden_TD, gates_TE
         self.largest, self.rest_TD = output_TD.abs().max(), output_TD.clone()
 
     @torch.no_grad()
     def subtract(self, dense: Any, expert: int) -> None:
-        family = family_of(dense.config)
-        mlp = getattr(getattr(dense.base_model, family.layers)[self.layer], family.mlp)
+        mlp = getattr(getattr(dense.base_model, self.family.layers)[self.layer], self.family.mlp)
         self.rest_TD -= self.gates_TE[:, expert, None] * mlp(self.hidden_TD)
 
     def left(self) -> float:
@@ -136,7 +135,7 @@ def _watch_sublayers(model: Any, tokens: Tensor) -> tuple[list[_Sublayer], float
     sublayers, sums = [], []
     for layer, (routing, (hidden, output)) in enumerate(zip(trace.of("ffn"), seen, strict=True)):
         gates_TE = torch.zeros_like(routing.logits).scatter_add(1, routing.experts, routing.gates)
-        sublayers.append(_Sublayer(layer, hidden, output, gates_TE))
+        sublayers.append(_Sublayer(family_of(model.config.seed), layer, hidden, output, gates_TE))
         sums.append(gates_TE.sum(1))
     config, off = model.config, max((total - 1).abs().max().item() for total in sums)
     if (config.router in SUMS_TO_ONE or config.gate_scale in SCALES_TO_ONE) and not off <= TOLERANCE:

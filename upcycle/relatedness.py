@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import combinations
 from statistics import median
@@ -52,12 +51,27 @@ class Relatedness:
     sampled: bool
     warnings: list[str] = field(default_factory=list)
 
+    def figures(self) -> list[str]:
+        """A line a branch and a line a pair of branches: medians over the layers that were read."""
+        first = self.layers[0]
+        lines = [
+            f"{name}: ‖τ‖/‖θ_seed‖ {self._median('distance', name)}, cos(θ, θ_seed) {self._median('seed_cosine', name)}"
+            for name in first.distance
+        ]
+        return lines + [
+            f"{pair}: cosine of τ {self._median('cosine', pair)}, equal signs {self._median('sign_agreement', pair)}"
+            for pair in first.cosine
+        ]
+
+    def _median(self, kind: str, name: str) -> str:
+        found = [value for one in self.layers if (value := getattr(one, kind)[name]) is not None]
+        return f"{median(found):.2f}" if found else "undefined"
+
 
 def check_related(
     seed: Checkpoint,
     branches: dict[str, Checkpoint],
     sample: bool | None = None,
-    notice: Callable[[str], None] = lambda text: None,
 ) -> Relatedness:
     """How far each branch moved from the seed, and how alike the branches moved, with warnings for strangers.
 
@@ -66,7 +80,7 @@ def check_related(
     agree in 2/3 of the weights (three branches of the Llama above: 0.16 to 0.31 and 0.56 to 0.61).
     sample: read the first, the middle and the last layer only. A model that does not come from the seed differs in all of
     them, and three layers of a large model hold hundreds of millions of weights. None: only if the files are large.
-    notice: gets every warning. Memory: one tensor of every checkpoint and a chunk in float64. The checkpoints must be
+    Memory: one tensor of every checkpoint and a chunk in float64. The checkpoints must be
     alike (preflight.check_alike).
     """
     if sample is None:
@@ -75,8 +89,6 @@ def check_related(
     layers = tuple(_figures(layer, names, seed, branches) for layer, names in groups.items())
     found = [text for name in branches if (text := _stranger(name, layers, branches[name], seed))]
     found += _copies(layers, seed, branches)
-    for text in found:
-        notice(text)
     return Relatedness(layers, sample, found)
 
 
