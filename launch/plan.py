@@ -95,12 +95,12 @@ def check_sources(stages: list[Artifact], console: Console) -> None:
         seed, branches = found.pop("seed"), found
         if len(branches) == len(assembly.inputs["branches"]):
             planned = explain_plan(seed, branches, assembly.config)
-            notes = planned.notes + planned.kinship
+            notes, kinship = planned.notes, planned.kinship
         else:
-            notes = _compared(seed, branches)
+            notes, kinship = _compared(seed, branches)
         console.print(f"{assembly.name}: {len(branches) + 1} checkpoints fit together", highlight=False)
-        for note in notes:
-            console.print(f"  note: {note}", highlight=False, markup=False, soft_wrap=True)
+        for line in [*kinship, *(f"note: {note}" for note in notes)]:
+            console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
 
 
 def check_texts(stages: list[Artifact]) -> None:
@@ -121,15 +121,15 @@ def check_texts(stages: list[Artifact]) -> None:
                 TokenArray(tokens.path, "train", train.sequence_length)
 
 
-def _compared(seed: Path, branches: dict[str, Path]) -> list[str]:
-    """What differs and is allowed between checkpoints that are not all of a mixture's; see `explain_plan`."""
+def _compared(seed: Path, branches: dict[str, Path]) -> tuple[list[str], list[str]]:
+    """Notes and kinship of checkpoints that are not all of a mixture's; see `explain_plan`."""
     from upcycle.checkpoint import Checkpoint
     from upcycle.preflight import check_alike
     from upcycle.relatedness import check_related
 
     first, others = Checkpoint(seed), {name: Checkpoint(path) for name, path in branches.items()}
-    kin = check_related(first, others)
-    return check_alike(first, others) + kin.warnings + kin.figures()
+    notes, kin = check_alike(first, others), check_related(first, others)
+    return notes + kin.warnings, kin.figures()
 
 
 def print_dry_run(experiment: Experiment, console: Console) -> None:

@@ -154,6 +154,10 @@ def test_a_sweep_over_presets_shares_the_checkpoints(models, tmp_path, command):
     assert made == ["seed", "branch/code", "branch/math", "assemble/mixture", "assemble/mixture"]
 
 
+# What a plan and a written mixture say in their own words, or only one of them.
+ELSEWHERE = ("mixture ", "  seed", "  code", "  math", "proof ", "kinship ")
+
+
 def test_a_dry_run_prints_what_explain_prints_later_and_writes_nothing(models, tmp_path, command):
     arguments = [OWN, *given(models), "assemble=bam_shared_kv", "assemble.router.top_k=2", "assemble.dtype=float16"]
     arguments += ["assemble.router.gate_scale=none"]
@@ -161,14 +165,11 @@ def test_a_dry_run_prints_what_explain_prints_later_and_writes_nothing(models, t
     assert status == 0 and list(tmp_path.iterdir()) == []
     assert command(*arguments, "out=moe")[0] == 0
     later = explain(tmp_path / "moe").text().splitlines()
-    same = [
-        line
-        for line in planned.splitlines()
-        if not line.startswith(("mixture ", "  seed", "  code", "  math", "proof "))
-    ]
+    same = [line for line in planned.splitlines() if not line.startswith(ELSEWHERE)]
     assert "routers     softmax_topk, top 2 of 3, gate_scale none" in same and len(same) > 15
-    assert same == [line for line in later if not line.startswith(("mixture ", "  seed", "  code", "  math", "proof "))]
+    assert same == [line for line in later if not line.startswith(ELSEWHERE)]
     assert f"  code      {models / 'B'}" in planned.splitlines()
+    assert sum(line.startswith("kinship ") for line in planned.splitlines()) == 3
     assert planned.startswith(f"mixture     would be written to {tmp_path / 'artifacts' / 'assemble-mixture-'}")
 
 

@@ -56,7 +56,7 @@ MISTAKES = {
     "unknown family": (
         {"seed.architecture": "lama"},
         "seed: architecture='lama' is not supported, expected one of gpt_neox, llama; did you mean llama? "
-        "A new one is an entry in upcycle/families.py",
+        "Bring a checkpoint of another family as seed.path",
     ),
     "unknown size": (
         {"seed.sizes.hiden_size": 48},

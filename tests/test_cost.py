@@ -33,7 +33,9 @@ def test_dense_parameters_are_exact(kind, tied):
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_a_config_that_leaves_defaults_out_counts_the_same(kind):
-    upstream = {"head_dim": 128} if kind == "family/nemotron" else {}  # its own default does not build
+    upstream = (
+        {"head_dim": 128, "num_key_value_heads": 8} if kind == "family/nemotron" else {}
+    )  # its own default does not build
     config = type(dense_config(kind))(vocab_size=61, num_hidden_layers=2, pad_token_id=None, **upstream)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

@@ -373,7 +373,7 @@ def test_card_takes_figures_from_the_report_of_that_very_artifact(tmp_path):
     upcycle.export(moe, tmp_path / "native", report=report)
     card = (tmp_path / "native" / "README.md").read_text()
     assert "- Made by stage `mix/btx-0123abcd`, trained on 12,345 tokens there." in card
-    assert "the seed's and the branches' included: 3,960,832." in card and "in windows of 128 tokens" in card
+    assert "only what came after): 3,960,832." in card and "in windows of 128 tokens" in card
     assert "| code | 120.6 |\n| math | 3.243 |" in card
     _stage(moe, "assemble/raw", "77777777" * 8)
     assert upcycle.export(moe, tmp_path / "raw", report=report).format == "mixtral"

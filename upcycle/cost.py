@@ -60,7 +60,7 @@ DETAILS = {
 ALIASES = {"n_embd": "hidden_size", "n_head": "num_attention_heads", "n_layer": "num_hidden_layers"}
 DEFAULTS: dict[str, dict] = {
     "gpt_neox": {"attention_bias": True},
-    "seed_oss": {"attention_bias": True},
+    **{family: {"attention_bias": True} for family in ("seed_oss", "glm4")},
     "starcoder2": {"use_bias": True, "tie_word_embeddings": True},
     "gpt2": {"tie_word_embeddings": True, "n_positions": 1024},
     **{family: {"tie_word_embeddings": True} for family in ("cohere", "cohere2", "gemma2", "gemma3_text", "smollm3")},
