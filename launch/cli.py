@@ -97,8 +97,11 @@ def export(arguments: list[str]) -> int:
         got = " ".join(arguments) or "nothing"
         print(f"upcycle: export: got {got}, expected DIR OUT [--format=NAME] [--report=FILE]", file=sys.stderr)
         return 2
+    from transformers.utils import logging
+
     from upcycle.exporting import export as write_export
 
+    logging.disable_progress_bar()
     try:
         written = write_export(*paths, **options)
     except (ValueError, OSError) as error:

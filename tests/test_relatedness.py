@@ -107,9 +107,9 @@ def test_a_stranger_is_warned_of_with_its_figures(models):
         "code/stranger",
         "law/stranger",
     ]
-    assert lines[2] == f"stranger: ‖τ‖/‖θ_seed‖ {distance:.2f}, cos(θ, θ_seed) {cosine:.2f}"
+    assert lines[2] == f"stranger: ‖τ‖/‖θ_seed‖ {distance:.3g}, cos(θ, θ_seed) {cosine:.3g}"
     signs = sorted(one.sign_agreement["code/law"] for one in found.layers)[2]
-    assert lines[3].endswith(f"equal signs {signs:.2f}")
+    assert lines[3].endswith(f"equal signs {signs:.3g}")
 
 
 def test_strangers_to_the_seed_share_its_negative(tmp_path):

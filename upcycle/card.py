@@ -184,7 +184,7 @@ def _use(format: str) -> list[str]:
         "",
         'path = "."  # this directory, or its name on the Hub',
         f"model = AutoModelForCausalLM.from_pretrained(path{flag})",
-        "tokenizer = AutoTokenizer.from_pretrained(path)",
+        f"tokenizer = AutoTokenizer.from_pretrained(path{flag})",
         "```",
         "",
         said,

@@ -65,7 +65,7 @@ class Relatedness:
 
     def _median(self, kind: str, name: str) -> str:
         found = [value for one in self.layers if (value := getattr(one, kind)[name]) is not None]
-        return f"{median(found):.2f}" if found else "undefined"
+        return f"{median(found):.3g}" if found else "undefined"
 
 
 def check_related(
