@@ -184,10 +184,9 @@ def test_every_family_has_a_tiny_config():
     assert not set(FAMILIES) & set(REFUSED)
 
 
-def test_the_table_in_the_docs_is_what_ran(request):
-    ran = {item.name for item in request.session.items if item.name.startswith("test_family[")}
-    if len(ran) < len(FAMILIES) * len(MIXTURES) * len(CAPABILITIES):
-        pytest.skip("only a part of this file was selected")
+def test_the_table_in_the_docs_is_what_ran():
+    if sum(map(len, passed.values())) < len(FAMILIES) * len(MIXTURES) * len(CAPABILITIES):
+        pytest.skip("not all tests of families ran and passed in this process")
     rows = ["| family | " + " | ".join(CAPABILITIES) + " |", "| --- |" + " --- |" * len(CAPABILITIES)]
     for kind in FAMILIES:
         cells = [passed.get((kind, capability), []) for capability in CAPABILITIES]
