@@ -343,7 +343,10 @@ def test_ctrl_c_says_how_to_go_on(finished, tmp_path):
     changes = ["seed.train.tokens=4000000", "seed.train.max_epochs=1000", "stage=seed", "launch.checkpoint_steps=1"]
     command = [sys.executable, "-m", "launch.cli", *TINY, *changes]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background inherits "ignore"
+    )  # fmt: skip
     while process.poll() is None and not any((tmp_path / "artifacts").glob("seed-*.partial/checkpoints/step-*")):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
