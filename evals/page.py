@@ -155,7 +155,7 @@ def cost_table(report: Mapping[str, Any]) -> str:
 
 def _domains(report: Mapping[str, Any]) -> str:
     """Bars of perplexity, a panel per domain and average."""
-    lead = '<p class="lead">Lower is better; bars start at zero.</p>'
+    lead = '<p class="lead">Lower is better; bars start at zero. A notched bar is longer than fits: its figure stands beside it.</p>'
     return f'{lead}{bar_key(report)}<div class="grid">{bars(report)}</div>'
 
 

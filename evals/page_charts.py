@@ -21,6 +21,9 @@ def breakable(name: str) -> str:
     return escape(name).replace("_", "_<wbr>").replace("/", "/<wbr>")
 
 
+CUT = 1.5  # times the seed's value: where a bar is cut
+
+
 def bars(report: Mapping[str, Any]) -> str:
     """A panel per domain and average: one bar per model, from zero, with the seed and the oracle as lines."""
     return "\n".join(_bar_panel(report, title, column) for title, column in quality_columns(report).items())
@@ -29,7 +32,8 @@ def bars(report: Mapping[str, Any]) -> str:
 def _bar_panel(report: Mapping[str, Any], title: str, column: Mapping[str, float]) -> str:
     """One panel of `bars`: a table of model, bar and perplexity."""
     models = report["models"]
-    longest = max(column.values())
+    seed = next((column[name] for name in models if models[name]["kind"] == "seed"), max(column.values()))
+    longest = min(max(column.values()), CUT * seed)  # one stranger to a domain would flatten all others
     lines = "".join(
         f'<i class="line {models[name]["kind"]}" style="--v:{column[name] / longest:.4f}"></i>'
         for name in models
@@ -37,7 +41,8 @@ def _bar_panel(report: Mapping[str, Any], title: str, column: Mapping[str, float
     )
     rows = "".join(
         f'<tr><th scope="row">{breakable(name)}</th><td><div class="track">'
-        f'<i class="bar {escape(models[name]["kind"])}" style="--v:{value / longest:.4f}"></i>{lines}</div></td>'
+        f'<i class="bar {escape(models[name]["kind"])}{" cut" * (value > longest)}" '
+        f'style="--v:{min(value / longest, 1):.4f}"></i>{lines}</div></td>'
         f'<td class="value">{write_perplexity(value)}</td></tr>'
         for name, value in column.items()
         if models[name]["kind"] != "oracle"

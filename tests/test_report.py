@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -424,6 +425,16 @@ def test_page_leaves_out_what_was_not_measured(report):
     html = render_page(bare)
     assert 'id="summary"' in html
     assert not any(f'id="{part}"' in html for part in ("comparisons", "curves", "routing", "information"))
+
+
+def test_a_bar_far_beyond_the_seeds_is_cut_and_keeps_its_figure(report):
+    plain = render_page(report)
+    far = copy.deepcopy(report)
+    far["models"]["soup"]["perplexity"]["law"] = 54_321.0
+    html = render_page(far)
+    assert html.count('soup cut"') == plain.count('soup cut"') + 1 and "54,321" in html
+    widths = [float(width) for width in re.findall(r'class="bar[^"]*" style="--v:([\d.]+)"', html)]
+    assert widths and max(widths) <= 1
 
 
 def test_figures_are_written_as_svg_and_png_and_repeat(report, written, tmp_path):
