@@ -131,7 +131,7 @@ def _recipe(config: Any, facts: Facts, method: str) -> list[str]:
     attention = "one, merged" if config.attention == "merged" else f"soft mixture of all experts, kv={config.kv}"
     scale = "" if config.gate_scale == "none" else f", gate_scale={config.gate_scale}"
     balance = (
-        f"{config.balance}, {config.balance_coefficient} a {config.balance_scope}"
+        f"{config.balance}, coefficient {config.balance_coefficient}, per {config.balance_scope}"
         if config.balance != "none"
         else "none"
     )
