@@ -11,13 +11,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from upcycle.configuration import UpcycledConfig
-from upcycle.families import candidates, family_of, is_listed
+from upcycle.families import candidates, is_listed
 from upcycle.modeling import UpcycledForCausalLM
 from upcycle.pieces import plan_pieces
 
 TOLERANCE = 1e-4  # of the largest logit, in fp32
 VOCABULARY = 64
-SOFT_MIXTURES = ({"attention": "merged"}, {"attention": "mixture"}, {"attention": "mixture", "kv": "shared"})
+FORMS = ({"attention": "merged"}, {"attention": "mixture"}, {"attention": "mixture", "kv": "shared"})
 
 
 def with_family(seed: Any) -> Any:
@@ -51,7 +51,7 @@ def _problem(seed: Any, name: str) -> str | None:
         for parameter in dense.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))  # biases and norms too
         expected = dense(tokens).logits
-        for choice in SOFT_MIXTURES:
+        for choice in FORMS:
             try:
                 logits = _of_copies(dense, small, choice)(tokens).logits
             except Exception as error:  # what another family's code makes of it may be anything
@@ -86,10 +86,7 @@ def _of_copies(dense: Any, seed: Any, choice: dict) -> UpcycledForCausalLM:
         packed[piece.target] = piece.stack([cuts, cuts]) if piece.stack else cuts[0]
     mixture.load_state_dict(packed, strict=False)
     mixture.tie_weights()
-    layers, routed = (
-        family_of(config.seed).layers,
-        mixture(torch.ones(1, 2, dtype=torch.long), output_router_logits=True),
-    )
-    if len(routed.router_logits) != seed.num_hidden_layers:
-        raise ValueError(f"the trace reached {len(routed.router_logits)} of the decoder's {layers}")
+    routed = mixture(torch.ones(1, 2, dtype=torch.long), output_router_logits=True).router_logits
+    if len(routed) != seed.num_hidden_layers:
+        raise ValueError(f"the routers' trace reached {len(routed)} of {seed.num_hidden_layers} layers")
     return mixture
