@@ -85,6 +85,18 @@ def _free_branches(arguments: list[str]) -> list[str]:
     return result
 
 
+def own_arguments() -> list[str]:
+    """What starts this very run again, one run of a sweep too: the command's options and the settings, less `stage`."""
+    from hydra.core.hydra_config import HydraConfig
+
+    typed, options = sys.argv[1:], []
+    for before, argument in zip(["", *typed], typed, strict=False):
+        if before in TAKES_A_VALUE or (argument.startswith("-") and argument not in SWEEPS):
+            options.append(argument)
+    settings = [one for one in HydraConfig.get().overrides.task if not one.startswith("stage=")]
+    return [*options, *settings]
+
+
 def swept_keys(arguments: list[str]) -> set[str]:
     """The keys that the runs of a sweep differ in, as typed."""
     overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]

@@ -18,14 +18,18 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
+from launch.branches import make_side_by_side, waiting_branches
 from launch.config import Config, build, nearest
-from launch.overrides import CONF, check_package, explained, rewritten, swept_keys
+from launch.groups import STARTED, command, drives, make_in_group, member, processes_of
+from launch.overrides import CONF, check_package, explained, own_arguments, rewritten, swept_keys
 from launch.plan import check_sources, check_texts, print_dry_run, print_plan
 from launch.recipes import Experiment, upcycle
 from upcycle.directories import check_room
 from upcycle.durable import atomic_directory, write_json
 from upcycle.explain import explain
-from upcycle.store import RECORD, Artifact, Store
+from upcycle.phases import check_ranks
+from upcycle.store import RECORD, Artifact, Run, Store
+from upcycle.team import Team
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -60,6 +64,8 @@ def run(cfg: Config, out: Path) -> None:
     if not console.is_terminal:
         console.width = max(console.width, 120)  # a pipe has no width; tables must not lose their units in it
     _prepare_environment()
+    team = member(cfg.launch)
+    console.quiet = not team.leads  # one voice for a group; errors come from whom they befall
     experiment = upcycle(cfg, Store(cfg.artifacts))
     if cfg.plan:
         print_plan(experiment, console)
@@ -76,9 +82,16 @@ def run(cfg: Config, out: Path) -> None:
         print_dry_run(experiment, console)
         _drop_empty(out)
         return
-    check_sources(stages, console)
-    write_manifest(cfg, experiment, out)  # first, so that `upcycle status` sees a run in progress
-    compute(cfg, experiment.store, stages, console)
+    _check_group(cfg, team)
+    if os.environ.get(STARTED) == "1":  # one stage of a run that has a driver
+        compute(cfg, experiment.store, stages, console, team)
+        return
+    if team.leads:
+        check_sources(stages, console)
+        write_manifest(cfg, experiment, out)  # first, so that `upcycle status` sees a run in progress
+    compute(cfg, experiment.store, stages, console, team, out)
+    if not team.leads:
+        return
     if experiment.report is not None and experiment.report.finished:
         show_report(experiment.report, out, console)
     if experiment.report is None or cfg.out is not None:
@@ -97,27 +110,41 @@ def _prepare_environment() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
-def compute(cfg: Config, store: Store, stages: list[Artifact], console: Console) -> None:
-    """Make what is missing of `stages`, in order."""
+def _check_group(cfg: Config, team: Team) -> None:
+    """Raises ValueError: settings of the launch that cannot be, or batches that its processes cannot share evenly."""
+    ranks = team.size
+    if drives(cfg.launch):
+        ranks = processes_of(cfg.launch)
+        command(cfg.launch, [], "")  # for what it raises
+    for where, train in cfg.runs().items():
+        check_ranks(train, ranks, where)
+
+
+def compute(
+    cfg: Config, store: Store, stages: list[Artifact], console: Console, team: Team, out: Path | None = None
+) -> None:
+    """Make what is missing of `stages`, in order; every process of a group calls it. out: of the run that this drives."""
     from launch.track import Tracker
 
     missing = [stage for stage in stages if not stage.finished]
     if missing:
         check_room(store.root)
         _prepare_process(cfg, console)
-    tracker = Tracker(cfg, console)
+    tracker = Tracker(cfg, console, team)
     for stage in stages:
-        if stage.finished:
-            store.make(stage, run=_silent())
+        if team.share(stage.finished):
+            store.make(stage, Run(say=lambda text: None, team=team))
             continue
         if "data" in stage.inputs:
             check_texts(stages)
-        with tracker.stage(stage.name) as stage_run:
-            made = store.make(stage, stage_run)
-        console.print(
-            f"{stage.name:24} {'made in' if made else 'found'} {stage.seconds():7.1f} s  {stage.path.name}",
-            highlight=False,
-        )
+        if out is not None and cfg.launch.parallel_branches > 1 and (waiting := waiting_branches(stage, stages)):
+            make_side_by_side(cfg.launch, own_arguments(), waiting, out / "logs", console)
+        elif out is not None and stage.together and drives(cfg.launch):
+            make_in_group(cfg.launch, own_arguments(), stage)
+        else:
+            with tracker.stage(stage.name) as stage_run:
+                made = store.make(stage, stage_run)
+            _print_made(stage, made, console)
     if store.foreign:
         first = next(iter(store.foreign.values()))
         console.print(
@@ -125,10 +152,9 @@ def compute(cfg: Config, store: Store, stages: list[Artifact], console: Console)
         )
 
 
-def _silent() -> Any:
-    from upcycle.store import Run
-
-    return Run(say=lambda text: None)
+def _print_made(stage: Artifact, made: bool, console: Console) -> None:
+    how = "made in" if made else "found"
+    console.print(f"{stage.name:24} {how} {stage.seconds():7.1f} s  {stage.path.name}", highlight=False)
 
 
 def _prepare_process(cfg: Config, console: Console) -> None:
@@ -243,7 +269,8 @@ def one_line(error: Exception) -> str:
 
 def _fail(error: Exception) -> int:
     hydras = isinstance(error, HydraException | OmegaConfBaseException)
-    print(f"upcycle: {explained(error) if hydras else one_line(error)}", file=sys.stderr)
+    rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    print(f"upcycle: {rank}{explained(error) if hydras else one_line(error)}", file=sys.stderr)
     return 2
 
 

@@ -14,6 +14,7 @@ from rich.text import Text
 from launch.config import Config
 from launch.plan import human
 from upcycle.store import Run
+from upcycle.team import ALONE, Team
 
 PLAIN_SECONDS = 30.0  # without a terminal, one line this often
 
@@ -21,13 +22,14 @@ PLAIN_SECONDS = 30.0  # without a terminal, one line this often
 class Tracker:
     """Builds each stage's `Run`, shows its progress, and sends its metrics on."""
 
-    def __init__(self, cfg: Config, console: Console):
-        self.cfg, self.console = cfg, console
+    def __init__(self, cfg: Config, console: Console, team: Team = ALONE):
+        self.cfg, self.console, self.team = cfg, console, team
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Run]:
-        display = _Display(name, self.console, self.cfg.track.progress)
-        tracker = _start_wandb(self.cfg, name, self.console)
+        """What the stage called `name` may use of the outside; only the first process of a group shows and tracks it."""
+        display = _Display(name, self.console, self.cfg.track.progress and self.team.leads)
+        tracker = _start_wandb(self.cfg, name, self.console) if self.team.leads else None
         launch = self.cfg.launch
 
         def record(row: dict) -> None:
@@ -48,6 +50,7 @@ class Tracker:
             checkpoint_steps=launch.checkpoint_steps,
             checkpoint_seconds=launch.checkpoint_seconds,
             keep_checkpoints=launch.keep_checkpoints,
+            team=self.team,
         )
         with display:
             yield run

@@ -97,7 +97,7 @@ def test_a_damaged_snapshot_is_passed_over(data, tmp_path):
     straight = run(mixture(), settings, data, tmp_path / "straight")
     options = Run(said.append, checkpoint_steps=2, keep_checkpoints=2)
     run(mixture(), settings, data, tmp_path / "cut", stop=7, options=options)
-    newest = tmp_path / "cut" / "checkpoints" / "step-00000006" / "optimizer.safetensors"
+    newest = tmp_path / "cut" / "checkpoints" / "step-00000006" / "optimizer-00000.safetensors"
     flipped = bytearray(newest.read_bytes())
     flipped[-1] ^= 1
     newest.write_bytes(flipped)

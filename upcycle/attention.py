@@ -51,25 +51,43 @@ class GatedOutput(nn.Module):
     """The output projections of all experts side by side; scales each head by its expert's gate first.
 
     weight (D, E·H·d), bias (E, D) or None. `gates` (B, S, E) are put here by the mixture just before, and taken away
-    at once: a tensor that stays on a module breaks deepcopy and keeps a graph alive.
+    at once: a tensor that stays on a module breaks deepcopy and keeps a graph alive. Under tensor parallelism
+    transformers hands over the heads as a DTensor, and each rank scales those that it holds.
     """
 
     def __init__(self, num_experts: int, width: int, hidden_size: int, bias: bool, shared_kv_heads: int | None):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(hidden_size, num_experts * width))
         self.bias = nn.Parameter(torch.empty(num_experts, hidden_size)) if bias else None
+        self.in_features, self.out_features = num_experts * width, hidden_size  # transformers' styles read them
         self.num_experts, self.shared_kv_heads, self.gates = num_experts, shared_kv_heads, None
 
     def forward(self, heads_BSW: Tensor) -> Tensor:
         assert self.gates is not None, "the mixture sets the gates before its heads are projected"
         gates_BSE, self.gates = self.gates.to(heads_BSW.dtype), None
-        if self.shared_kv_heads is None:
+        if hasattr(heads_BSW, "device_mesh"):
+            scaled, gates_BSE = self._scale_sharded(heads_BSW, gates_BSE)
+        elif self.shared_kv_heads is None:
             scaled = heads_BSW.unflatten(-1, (self.num_experts, -1)) * gates_BSE[..., None]
         else:
             grouped = heads_BSW.unflatten(-1, (self.shared_kv_heads, self.num_experts, -1))
             scaled = grouped * gates_BSE[:, :, None, :, None]
         mixed = F.linear(scaled.reshape(heads_BSW.shape), self.weight)
         return mixed if self.bias is None else mixed + gates_BSE.to(mixed.dtype) @ self.bias.to(mixed.dtype)
+
+    def _scale_sharded(self, heads_BSW: Any, gates_BSE: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for the slice of the heads on this rank; also the gates as the replicated DTensor that they are.
+
+        A rank sees what its own heads say about the gates; declared Partial, these gradients are summed over ranks.
+        """
+        from torch.distributed.tensor import DTensor, Partial, Replicate
+
+        mesh, groups = heads_BSW.device_mesh, self.shared_kv_heads or 1
+        gates: Any = DTensor.from_local(gates_BSE, mesh, [Replicate()], run_check=False)
+        run = self.in_features // (groups * self.num_experts)  # neighbouring inputs that belong to one expert
+        factors = gates.to_local(grad_placements=[Partial()])[:, :, None, :, None].expand(-1, -1, groups, -1, run)
+        local = heads_BSW.to_local() * factors.flatten(2).chunk(mesh.size(), dim=-1)[mesh.get_local_rank()]
+        return DTensor.from_local(local, mesh, heads_BSW.placements, run_check=False), gates
 
 
 class ExpertNorms(nn.Module):
@@ -100,18 +118,18 @@ class ExpertNorms(nn.Module):
 class SplitProjection(nn.Module):
     """A fused query-key-value projection in its three parts, so that each can have its own number of heads."""
 
-    def __init__(self, hidden_size: int, widths: dict[str, int], bias: bool, interleaved_heads: int | None):
+    def __init__(self, hidden_size: int, widths: dict[str, int], bias: bool, interleaved_size: int | None):
         super().__init__()
         for role, width in widths.items():
             self.add_module(role, nn.Linear(hidden_size, width, bias=bias))
-        self.interleaved_heads = interleaved_heads
+        self.interleaved_size = interleaved_size  # of a head, where the family interleaves its heads
 
     def forward(self, hidden: Tensor) -> Tensor:
         """The rows in the order that the family's own forward takes apart again."""
         parts = [part(hidden) for part in self.children()]
-        if self.interleaved_heads is None:
+        if self.interleaved_size is None:
             return torch.cat(parts, dim=-1)
-        return torch.stack([part.unflatten(-1, (self.interleaved_heads, -1)) for part in parts], dim=-2).flatten(-3)
+        return torch.stack([part.unflatten(-1, (-1, self.interleaved_size)) for part in parts], dim=-2).flatten(-3)
 
 
 class WideConfig:
@@ -167,9 +185,7 @@ def _split_fused_projection(wide: Any, attention: nn.Module, seed, family: Famil
     widths = {"query": seed.num_attention_heads * num_experts * size, "key": keys * size, "value": keys * size}
     interleaved = family.fused_rows == "heads"
     bias = getattr(attention, family.fused).bias is not None
-    split = SplitProjection(
-        seed.hidden_size, widths, bias, seed.num_attention_heads * num_experts if interleaved else None
-    )
+    split = SplitProjection(seed.hidden_size, widths, bias, size if interleaved else None)
     setattr(wide, family.fused, split)
     wide.split_size = list(widths.values())  # GPT-2's
     wide.fused_name = family.fused

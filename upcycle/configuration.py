@@ -9,9 +9,40 @@ import copy
 
 from transformers import AutoConfig, PretrainedConfig
 
-from .families import head_dim
+from .families import Family, family_of, head_dim
 from .losses import LOADS
 from .routing import GATE_SCALES, ROUTERS
+
+# Styles of transformers.distributed for the stacked experts: every expert cut along its hidden units, or whole experts.
+# Names that a family lacks (it has no biases, or no gate) are dropped when the model is built. down_proj_bias has no
+# style in the first: each rank holds it whole and adds its share.
+CUT_EXPERTS = {
+    "experts.gate_up_proj": "packed_colwise",
+    "experts.gate_up_proj_bias": "packed_rowwise",  # along the last dimension, gate and up apart
+    "experts.up_proj": "colwise",
+    "experts.up_proj_bias": "rowwise",  # along the last dimension
+    "experts.down_proj": "rowwise",
+    "experts": "moe_tp_experts",
+}
+WHOLE_EXPERTS = {
+    **dict.fromkeys([name for name in CUT_EXPERTS if name != "experts"], "grouped_gemm"),
+    "experts.down_proj_bias": "grouped_gemm",
+    "experts": "ep_dispatch_experts",
+}
+WHOLE_HEADS = {"colwise": "colwise_gather_output", "rowwise": "rowwise_split_input"}
+
+
+def with_whole_heads(plan: dict[str, str], family: Family) -> dict[str, str]:
+    """A tensor-parallel plan whose attentions see all heads on every rank: weights stay cut, activations are gathered.
+
+    For norms of queries and keys that a rank's share of the heads is not enough for.
+    """
+    attention = f"decoder.{family.layers}.*.{family.attention}."
+    return {
+        name: WHOLE_HEADS.get(style, style) if name.startswith(attention) else style
+        for name, style in plan.items()
+        if name.removeprefix(attention) not in family.norms
+    }
 
 
 class UpcycledConfig(PretrainedConfig):
@@ -92,6 +123,31 @@ class UpcycledConfig(PretrainedConfig):
     @property
     def hidden_size(self) -> int:
         return self.seed.hidden_size
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Tensor parallelism: the plan of the seed's family, with the experts cut along their hidden units."""
+        family = family_of(self.seed)
+        attention, mlp = (f"{family.layers}.*.{part}." for part in (family.attention, family.mlp))
+        plan = {}
+        for name, style in (self.seed.base_model_tp_plan or {}).items():
+            if self.attention == "mixture" and name == f"{attention}{family.fused}":
+                plan |= {f"{name}.{role}": style for role in ("query", "key", "value")}
+            elif not name.startswith(mlp):
+                plan[name] = style
+        plan |= {f"{mlp}{name}": style for name, style in CUT_EXPERTS.items()}
+        return {f"decoder.{name}": style for name, style in plan.items()}
+
+    @property
+    def base_model_ep_plan(self) -> dict[str, str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Expert parallelism: whole experts on their ranks. A mixture of attention is not part of it."""
+        family = family_of(self.seed)
+        return {f"decoder.{family.layers}.*.{family.mlp}.{name}": style for name, style in WHOLE_EXPERTS.items()}
+
+    @property
+    def base_model_fsdp_plan(self) -> dict[str, str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The layers; the model adds its embeddings and its final norm, whose names it knows."""
+        return {f"decoder.{family_of(self.seed).layers}.*": "free_full_weight"}
 
     def get_text_config(self, decoder=None, encoder=None):
         """The seed's config with the head counts the cache really has. Shallow: kernel settings stay live."""

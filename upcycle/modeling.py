@@ -9,6 +9,7 @@ This file travels inside checkpoints as remote code.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -20,34 +21,42 @@ from transformers import initialization as init
 from transformers.integrations.moe import use_experts_implementation
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-from .attention import GatedOutput, soft_mixture_of_attention
-from .configuration import UpcycledConfig
+from .attention import ExpertNorms, GatedOutput, soft_mixture_of_attention
+from .configuration import UpcycledConfig, with_whole_heads
 from .families import ACTIVATIONS, Family, family_of, final_logits
 from .losses import IGNORED, router_losses
 from .routing import Router, RoutingTrace
 
 
-class _CastExperts:
-    """Stands in for an experts module, with its parameters cast to `dtype`."""
+class _SeenExperts:
+    """Stands in for an experts module: its parameters cast to `dtype`, the last bias as `share` of it.
 
-    def __init__(self, experts: nn.Module, dtype: torch.dtype):
-        self._experts, self._dtype = experts, dtype
+    Under tensor parallelism every rank adds the bias that follows its part of down_proj. The share changes the value
+    alone: the bias is whole on each rank, so its gradient has to be whole as well.
+    """
+
+    def __init__(self, experts: nn.Module, dtype: torch.dtype, share: float):
+        self._experts, self._dtype, self._share = experts, dtype, share
 
     def __getattr__(self, name: str):
         value = getattr(self._experts, name)
-        return value.to(self._dtype) if isinstance(value, nn.Parameter) else value
+        if name == "down_proj_bias" and self._share < 1:
+            value = self._share * value.detach() + (value - value.detach())
+        return value.to(self._dtype) if isinstance(value, Tensor) else value
 
 
-def cast_under_autocast(experts_class: Any) -> Any:
+def shown_to_kernels(experts_class: Any) -> Any:
     """Give the expert kernels weights of autocast's dtype: grouped_mm is not on autocast's list and would run in fp32."""
     inner = experts_class.forward
 
     def forward(self, hidden_TD: Tensor, experts_TK: Tensor, gates_TK: Tensor) -> Tensor:
-        device = hidden_TD.device.type
-        if not torch.is_autocast_enabled(device):
-            return inner(self, hidden_TD, experts_TK, gates_TK.to(hidden_TD.dtype))
-        dtype = torch.get_autocast_dtype(device)
-        return inner(_CastExperts(self, dtype), hidden_TD.to(dtype), experts_TK, gates_TK.to(dtype))
+        device, dtype = hidden_TD.device.type, hidden_TD.dtype
+        share = self.down_proj.shape[-1] / self.intermediate_dim if self.has_bias else 1.0
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        elif share == 1:
+            return inner(self, hidden_TD, experts_TK, gates_TK.to(dtype))
+        return inner(_SeenExperts(self, dtype, share), hidden_TD.to(dtype), experts_TK, gates_TK.to(dtype))
 
     experts_class.forward = forward
     return experts_class
@@ -68,14 +77,16 @@ def _loop_over_experts(experts, hidden_TD: Tensor, experts_TK: Tensor, gates_TK:
     return out
 
 
-@cast_under_autocast
+@shown_to_kernels
 @use_experts_implementation
 class _StackedExperts(nn.Module):
     def __init__(self, config: UpcycledConfig, mlp: nn.Module, family: Family):
         super().__init__()
         E, D = config.num_experts, config.hidden_size
         ups, down = [getattr(mlp, name) for name in family.up], getattr(mlp, family.down)
-        rows = sum(up.weight.shape[1 if family.conv1d else 0] for up in ups)
+        # A module that is built for ZeRO-3 has its weights partitioned already, and says what they were.
+        shapes = [getattr(up.weight, "ds_shape", up.weight.shape) for up in ups]
+        rows = sum(shape[1 if family.conv1d else 0] for shape in shapes)
         self.num_experts, self.hidden_dim = E, D
         self.intermediate_dim = rows // 2 if family.gated else rows
         self.act_fn = next(getattr(mlp, name) for name in ACTIVATIONS if hasattr(mlp, name))
@@ -165,7 +176,16 @@ def initialising(decoder_class: type) -> type:
         if not _init_ours(module, getattr(self.config, "initializer_range", 0.02)):
             decoder_class._init_weights(self, module)
 
-    attributes = {"_init_weights": _init_weights, "__module__": __name__, "_keep_in_fp32_modules_strict": {"router"}}
+    def init_parallel_plans(self):
+        decoder_class.init_parallel_plans(self)
+        self._tp_plan, self._ep_plan, self._fsdp_plan = {}, {}, {}  # those of the mixture's config hold
+
+    attributes = {
+        "_init_weights": _init_weights,
+        "init_parallel_plans": init_parallel_plans,
+        "__module__": __name__,
+        "_keep_in_fp32_modules_strict": {"router"},
+    }
     return type(decoder_class.__name__, (decoder_class,), attributes)
 
 
@@ -212,6 +232,27 @@ class UpcycledModel(UpcycledPreTrainedModel):
                 layer.routed_parts.append(family.attention)
         self.post_init()
 
+    def init_parallel_plans(self):
+        """The config's plans with what only the modules tell: names of embeddings and norms, and which parts exist."""
+        super().init_parallel_plans()
+        family = family_of(self.config.seed)
+        plan, fsdp_plan, ep_plan = (dict(plan or {}) for plan in (self._tp_plan, self._fsdp_plan, self._ep_plan))
+        attention = getattr(getattr(self.decoder, family.layers)[0], family.attention)
+        for name in family.norms:
+            norm, rule = getattr(attention, name, None), f"decoder.{family.layers}.*.{family.attention}.{name}"
+            if norm is not None and (rule not in plan or isinstance(norm, ExpertNorms)):
+                plan = with_whole_heads(plan, family)
+        for name, part in self.decoder.named_children():
+            if part is self.get_input_embeddings():
+                plan[f"decoder.{name}"] = "embedding_rowwise"
+            if name != family.layers and next(part.parameters(), None) is not None:
+                embedding = isinstance(part, nn.Embedding)
+                fsdp_plan[f"decoder.{name}"] = "free_full_weight" if embedding else "keep_full_weight"
+        names = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name, _ in (*self.named_modules(), *self.named_parameters())}
+        self._tp_plan = {name: style for name, style in plan.items() if name in names}
+        self._ep_plan = {name: style for name, style in ep_plan.items() if name in names}
+        self._fsdp_plan = fsdp_plan
+
     def get_input_embeddings(self):
         return self.decoder.get_input_embeddings()
 
@@ -244,6 +285,9 @@ class UpcycledOutput(MoeCausalLMOutputWithPast):
 
 class UpcycledForCausalLM(UpcycledPreTrainedModel, GenerationMixin):
     """A mixture of experts with a language-model head."""
+
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: UpcycledConfig):
         super().__init__(config)

@@ -50,17 +50,24 @@ def group_of(name: str) -> str:
 
 def decays(name: str, parameter: torch.Tensor) -> bool:
     """Weight decay is for matrices; stacked biases are 2-D too, hence the look at the name."""
-    return parameter.dim() >= 2 and "bias" not in name
+    shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3's partition itself has one dimension
+    return len(shape) >= 2 and "bias" not in name
 
 
-def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
-    """AdamW groups: (group, decays or not), each with its `lr_multiplier`. Every parameter is in exactly one."""
-    members: dict[tuple[str, bool], list[nn.Parameter]] = {}
+def parameter_groups(model: nn.Module, config: TrainConfig, updates: Mapping[str, float] | None = None) -> list[dict]:
+    """AdamW groups: (group, decays or not), each with its `lr_multiplier`. Every parameter is in exactly one.
+
+    updates: how often each parameter that is to be trained has been updated; those with different counts are kept apart,
+    and parameters that are not in it are left out.
+    """
+    members: dict[tuple[str, bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        members.setdefault((group_of(name), decays(name, parameter)), []).append(parameter)
+        if updates is None or name in updates:
+            count = updates[name] if updates else 0.0
+            members.setdefault((group_of(name), decays(name, parameter), count), []).append(parameter)
     groups = []
     settings: Mapping[str, GroupConfig] = {**config.optimizer.groups}
-    for (group, decay), parameters in sorted(members.items()):
+    for (group, decay, _), parameters in sorted(members.items(), key=lambda member: member[0]):
         own = settings.get(group)
         weight_decay = config.optimizer.weight_decay
         if own is not None and own.weight_decay is not None:
@@ -75,11 +82,12 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
     return groups
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    options = config.optimizer
-    return torch.optim.AdamW(
-        parameter_groups(model, config), lr=config.lr, betas=(options.beta1, options.beta2), eps=options.eps, fused=True
-    )
+def build_optimizer(
+    model: nn.Module, config: TrainConfig, updates: Mapping[str, float] | None = None
+) -> torch.optim.AdamW:
+    """updates: see `parameter_groups`."""
+    options, groups = config.optimizer, parameter_groups(model, config, updates)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(options.beta1, options.beta2), eps=options.eps, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -55,3 +55,12 @@ def _check_words(phase: PhaseConfig, where: str) -> None:
                     f"{where}.{key}: {pattern!r} is no parameter group, expected one of {', '.join(GROUPS)}{nearest(pattern, GROUPS)} "
                     f"For parameters by name write a regular expression, such as '.*{pattern}'"
                 )
+
+
+def check_ranks(config: TrainConfig, ranks: int, where: str = "train") -> None:
+    """Raises ValueError: the ranks cannot share the batch evenly."""
+    if config.batch_sequences % (ranks * config.micro_batch_sequences):
+        raise ValueError(
+            f"{where}.batch_sequences={config.batch_sequences} must be a multiple of ranks × "
+            f"micro_batch_sequences = {ranks} × {config.micro_batch_sequences}"
+        )

@@ -6,7 +6,6 @@ This file travels inside checkpoints as remote code: it imports nothing else of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -22,18 +21,19 @@ class Routing(NamedTuple):
     experts: Tensor
 
 
-@dataclass
 class RoutingTrace:
     """What the routers of ONE forward saw and decided; it travels as a keyword through the decoder layers.
 
     It is never kept on a shared object: with gradient checkpointing a layer runs again during backward, and must then
     find the trace of its own forward. `forced` sends every token to that expert with gate 1, in every router.
+    No dataclass: FSDP2 copies those on their way into a layer, and what the layer records would be lost.
     """
 
-    input_ids: Tensor | None = None
-    attention_mask: Tensor | None = None
-    forced: int | None = None
-    routings: dict[str, Routing] = field(default_factory=dict)
+    def __init__(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, forced: int | None = None
+    ):
+        self.input_ids, self.attention_mask, self.forced = input_ids, attention_mask, forced
+        self.routings: dict[str, Routing] = {}
 
     def record(self, name: str, routing: Routing) -> Routing:
         """Keep the first decision under `name`; a recomputation gets that one back and routes exactly the same."""

@@ -49,7 +49,7 @@ def tokenize_documents(
     run.say(f"{OVERLAP_NGRAM}-gram overlap of test with train: {overlap:.2%}")
 
 
-@versioned(1)
+@versioned(1, together=True)
 def prepare_seed(config: SeedConfig, *, out: Path, run: Run, tokenizer: Path, data: dict[str, Path]) -> None:
     """A seed of `config.architecture` and `config.sizes`, initialised and pretrained here."""
     import torch
@@ -73,26 +73,31 @@ def import_model(config: None, *, out: Path, run: Run, path: str) -> None:
     import_checkpoint(Path(path), out)
 
 
-@versioned(1)
+@versioned(1, together=True)
 def train_model(config: dict[str, Any], *, out: Path, run: Run, model: Path, data: dict[str, Path]) -> None:
     """Continue training a dense model or a mixture. config: `train`, `skip_tokens` (already used by earlier stages)."""
     import torch
     from transformers import AutoModelForCausalLM
 
     import upcycle.modeling  # noqa: F401  (registers the mixture's classes)
+    from upcycle.engines import partitioned_loading
 
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with partitioned_loading(run.team):
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     _train_and_save(loaded, config["train"], config["skip_tokens"], data, model, out, run)
 
 
 def _train_and_save(model, train_config, skip_tokens, data, tokenizer: Path, out: Path, run: Run) -> None:
     from upcycle.cost import Shape
     from upcycle.directories import copy_companions
-    from upcycle.train import train
+    from upcycle.train import train, write_trained
 
     flops = Shape.of_config(model.config.to_dict()).train_flops_per_token(train_config.sequence_length)
-    train(model, train_config, data, out, run, flops, skip_tokens)
-    model.save_pretrained(out)
+    engine = train(model, train_config, data, out, run, flops, skip_tokens)
+    write_trained(engine, out)
+    engine.close()
+    if not run.team.leads:
+        return
     copy_companions(tokenizer, out)
     if (tokenizer / "assembly.json").is_file():  # what a mixture's tensors came from stays true of it
         shutil.copyfile(tokenizer / "assembly.json", out / "assembly.json")

@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -28,6 +28,7 @@ from typing import Any
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from upcycle.durable import sync, write_json
+from upcycle.team import ALONE, Team
 
 RECORD, TIMING = "stage.json", "timing.json"
 RESUMABLE = ("checkpoints", "metrics.jsonl", TIMING)  # what an interrupted attempt may leave to the next one
@@ -44,6 +45,7 @@ class Run:
 
     say: print a line. advance: report progress, `advance(done, total, **figures)`. record: keep a row of metrics. saved: call it after a snapshot.
     checkpoint_steps, checkpoint_seconds: save at least this often (None: never for that reason).
+    team: the processes that make the stage together.
     """
 
     say: Callable[[str], None] = print
@@ -53,6 +55,7 @@ class Run:
     checkpoint_seconds: float | None = 60.0
     keep_checkpoints: int = 1
     saved: Callable[[], None] = _ignore
+    team: Team = ALONE
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,11 @@ class Artifact:
     @property
     def partial(self) -> Path:
         return self.path.with_name(self.path.name + ".partial")
+
+    @property
+    def together(self) -> bool:
+        """Whether all processes of a group make it together; else the first one does, and the others wait."""
+        return getattr(self.function, "together", False)
 
     @property
     def finished(self) -> bool:
@@ -128,13 +136,14 @@ class Store:
         return artifact
 
     def make(self, artifact: Artifact, run: Run) -> bool:
-        """Compute an artifact unless it is finished; True if this call computed it.
+        """Compute an artifact unless it is finished; True if this call computed it. Every rank of run.team calls it.
 
         Raises ValueError: an input is missing.
         """
-        if artifact.finished:
-            _drop_snapshots(artifact)  # left by a crash right after the renaming
-            self._note_foreign(artifact)
+        if run.team.share(artifact.finished):
+            if run.team.leads:
+                _drop_snapshots(artifact)  # left by a crash right after the renaming
+                self._note_foreign(artifact)
             return False
         if missing := list(dict.fromkeys(parent.name for parent in artifact.parents() if not parent.finished)):
             raise ValueError(
@@ -142,8 +151,8 @@ class Store:
                 f"{'is' if len(missing) == 1 else 'are'} not finished; run that first (stage={missing[0]}) or run the "
                 "whole experiment"
             )
-        with self._lock(artifact, run):
-            if artifact.finished:  # another process made it while we waited
+        with self._lock(artifact, run) if run.team.leads else nullcontext():
+            if run.team.share(artifact.finished):  # another process made it while we waited
                 return False
             self._compute(artifact, run)
         return True
@@ -160,31 +169,40 @@ class Store:
             return lock.acquire()
 
     def _compute(self, artifact: Artifact, run: Run) -> None:
-        partial = artifact.partial
-        if (partial / RECORD).is_file():  # whole: the attempt before this one lacked the renaming only
-            return self._finish(artifact)
-        partial.mkdir(parents=True, exist_ok=True)
-        for path in partial.iterdir():
-            if path.name not in RESUMABLE:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        partial, team = artifact.partial, run.team
+        if not team.share((partial / RECORD).is_file()):  # else whole: an attempt before lacked the renaming only
+            if team.leads:
+                _clear(partial)
+            team.wait()
+            if team.leads or artifact.together:
+                self._call(artifact, run if artifact.together else replace(run, team=ALONE))
+            team.wait()
+        if team.leads:
+            self._finish(artifact)
+        team.wait()
+
+    def _call(self, artifact: Artifact, run: Run) -> None:
+        """Call the stage's function in every process that makes it; the first one keeps the record."""
+        partial, leads = artifact.partial, run.team.leads
         inputs = {
             name: {k: v.path for k, v in value.items()} if isinstance(value, Mapping) else value.path
             for name, value in artifact.inputs.items()
         }
         clock = _Clock(partial / TIMING)
+        run = replace(run, saved=clock.save) if leads else run
         try:
-            artifact.function(
-                artifact.config, out=partial, run=replace(run, saved=clock.save), **artifact.outside, **inputs
-            )
+            artifact.function(artifact.config, out=partial, run=run, **artifact.outside, **inputs)
         except BaseException:
-            with suppress(OSError):  # a full disk must not hide why the stage failed
-                clock.save()
+            if leads:
+                with suppress(OSError):  # a full disk must not hide why the stage failed
+                    clock.save()
             raise
-        clock.save()
-        for path in partial.rglob("*"):
-            sync(path)
-        write_json(partial / RECORD, _record(artifact))
-        self._finish(artifact)
+        run.team.wait()
+        if leads:
+            clock.save()
+            for path in partial.rglob("*"):
+                sync(path)
+            write_json(partial / RECORD, _record(artifact))
 
     def _finish(self, artifact: Artifact) -> None:
         os.replace(artifact.partial, artifact.path)
@@ -199,6 +217,14 @@ class Store:
                 f"{name} {made_by.get(name)} (now {now[name]})" for name in now if made_by.get(name) != now[name]
             ]
             self.foreign[artifact.name] = ", ".join(changes)
+
+
+def _clear(partial: Path) -> None:
+    """Leave of an interrupted attempt what the next one can go on from."""
+    partial.mkdir(parents=True, exist_ok=True)
+    for path in partial.iterdir():
+        if path.name not in RESUMABLE:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _drop_snapshots(artifact: Artifact) -> None:
@@ -216,11 +242,14 @@ class _Clock:
         write_json(self.path, {"seconds": self.earlier + time.monotonic() - self.start})
 
 
-def versioned(number: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Mark a stage function with the version of its results; raise it whenever they change for the same config."""
+def versioned(number: int, together: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Mark a stage function with the version of its results; raise it whenever they change for the same config.
+
+    together: every process of a group calls it (`run.team`), and each does its share.
+    """
 
     def mark(function: Callable[..., None]) -> Callable[..., None]:
-        function.version = number  # pyright: ignore[reportFunctionMemberAccess]
+        function.version, function.together = number, together  # pyright: ignore[reportFunctionMemberAccess]
         return function
 
     return mark

@@ -11,36 +11,31 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from upcycle.batches import Batches
+from upcycle.checkpoint import CheckpointWriter
 from upcycle.config import TrainConfig
+from upcycle.engines import ENGINES, PlainEngine
 from upcycle.families import language_model_head
 from upcycle.losses import cross_entropy_sum, next_token_labels
 from upcycle.machine import matmul_peak_flops
 from upcycle.modeling import UpcycledForCausalLM
-from upcycle.optim import (
-    build_optimizer,
-    group_of,
-    learning_rate,
-    phase_at,
-    plan_phases,
-    set_learning_rate,
-    set_trainable,
-)
+from upcycle.optim import learning_rate, phase_at, plan_phases
+from upcycle.phases import check_ranks
 from upcycle.routing import RoutingTrace
-from upcycle.snapshot import restore_newest, save_snapshot
+from upcycle.snapshot import Snapshot, newest_snapshot, save_snapshot
 from upcycle.store import Run
+from upcycle.team import Team
 
 METRICS = "metrics.jsonl"
+SHARD_BYTES = 4_000_000_000
 DEAD_SHARE = 0.1  # an expert is called dead below this share of the uniform load
 
 
@@ -97,73 +92,63 @@ class Loop:
     """Everything one run needs, ready to step."""
 
     config: TrainConfig
-    accelerator: Accelerator
-    objective: nn.Module
-    model: PreTrainedModel
-    optimizer: torch.optim.Optimizer
+    engine: PlainEngine
     batches: Batches
 
     def __post_init__(self):
-        self.phases = plan_phases(self.config)
-        self.world = self.accelerator.num_processes
-        if self.config.batch_sequences % (self.world * self.config.micro_batch_sequences):
-            raise ValueError(
-                f"train.batch_sequences={self.config.batch_sequences} must be a multiple of ranks × "
-                f"micro_batch_sequences = {self.world} × {self.config.micro_batch_sequences}"
-            )
+        self.phases, self.team = plan_phases(self.config), self.engine.team
+        self.device = self.engine.accelerator.device
+        check_ranks(self.config, self.team.size)
 
-    def micro_batches(self, step: int) -> Iterator[Tensor]:
+    def begin(self, step: int, saved: Snapshot | None) -> None:
+        """Start, or go on with, the phase that `step` belongs to."""
+        self.engine.begin(phase_at(self.phases, step).config, saved)
+
+    def micro_batches(self, step: int) -> list[Tensor]:
         """This rank's share of the global batch, (b, S) at a time."""
         batch = self.batches.batch(step)
-        share = len(batch) // self.world
-        mine = batch[self.accelerator.process_index * share :][:share]
-        for start in range(0, share, self.config.micro_batch_sequences):
-            rows = mine[start : start + self.config.micro_batch_sequences]
-            yield torch.from_numpy(rows).to(self.accelerator.device)
+        share = len(batch) // self.team.size
+        mine = torch.from_numpy(batch[self.team.rank * share :][:share]).to(self.device)
+        return list(mine.split(self.config.micro_batch_sequences))
 
     def step(self, step: int) -> dict[str, Tensor]:
         """One optimizer step; returns the step's loss parts, summed over micro-batches and ranks.
 
         Raises FloatingPointError: the loss or the gradient is not finite. Nothing was updated then.
         """
-        config = self.config
-        if step in {phase.start for phase in self.phases}:
-            set_trainable(self.model, phase_at(self.phases, step).config)
-        targets = torch.tensor(config.batch_sequences * (config.sequence_length - 1), device=self.accelerator.device)
-        tokens = torch.tensor(config.batch_tokens, device=self.accelerator.device)
+        config, engine = self.config, self.engine
+        targets = torch.tensor(config.batch_sequences * (config.sequence_length - 1), device=self.device)
+        tokens = torch.tensor(config.batch_tokens, device=self.device)
         totals: dict[str, Tensor] = {}
-        for rows in self.micro_batches(step):
-            parts = self.objective(rows, targets, tokens)
-            # Data-parallel engines average gradients over ranks; the sum is what we want.
-            self.accelerator.backward(parts["loss"] * self.world)
+        micro_batches = self.micro_batches(step)
+        for number, rows in enumerate(micro_batches):
+            last = number == len(micro_batches) - 1
+            with engine.micro_batch(last):
+                parts = engine.forward(rows, targets, tokens)
+                engine.backward(parts["loss"], last)
             for name, part in parts.items():
                 totals[name] = totals.get(name, torch.zeros_like(part)) + part.detach()
-        for name in totals:
-            totals[name] = self.accelerator.reduce(totals[name], "sum")  # pyright: ignore[reportArgumentType]
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.optimizer.clip_norm)
-        assert norm is not None
-        totals["gradient_norm"] = torch.as_tensor(norm)
-        if not (torch.isfinite(totals["loss"]) and torch.isfinite(totals["gradient_norm"])):
+        totals = summed(totals, self.team)
+        try:
+            if not torch.isfinite(totals["loss"]):
+                raise FloatingPointError(f"loss {totals['loss'].item()}")
+            norm, routers = engine.step(learning_rate(config, self.phases, step))
+        except FloatingPointError as error:
             raise FloatingPointError(
-                f"step {step}, rank {self.accelerator.process_index}: loss {totals['loss'].item()}, gradient norm "
-                f"{totals['gradient_norm'].item()}; nothing was updated and the last snapshot is kept. "
+                f"step {step}, rank {self.team.rank}: {error}; nothing was updated and the last snapshot is kept. "
                 "Lower the learning rate or lengthen the warm-up"
-            )
-        totals["router_gradient_norm"] = _router_gradient_norm(self.model)
-        set_learning_rate(self.optimizer, learning_rate(config, self.phases, step))
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+            ) from None
+        return totals | {"gradient_norm": norm, "router_gradient_norm": routers}
+
+
+def summed(totals: dict[str, Tensor], team: Team) -> dict[str, Tensor]:
+    """Each tensor summed over ranks, in one exchange."""
+    if team.size == 1:
         return totals
-
-
-def _router_gradient_norm(model: nn.Module) -> Tensor:
-    """Norm of the routers' gradients, after clipping; 0 without routers."""
-    squares = [
-        parameter.grad.square().sum()
-        for name, parameter in model.named_parameters()
-        if group_of(name) == "router" and parameter.grad is not None
-    ]
-    return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
+    flat = torch.cat([value.float().flatten() for value in totals.values()])
+    torch.distributed.all_reduce(flat)
+    pieces = flat.split([value.numel() for value in totals.values()])
+    return {name: piece.view(value.shape) for (name, value), piece in zip(totals.items(), pieces, strict=True)}
 
 
 def train(
@@ -174,39 +159,48 @@ def train(
     run: Run,
     train_flops_per_token: float,
     skip_tokens: dict[str, int] | None = None,
-) -> None:
+) -> PlainEngine:
     """Train `model` in place, saving snapshots under `out`/checkpoints and a row a step in `out`/metrics.jsonl.
 
     data: token directory of each domain. skip_tokens: how much of each domain's stream earlier stages have used.
-    train_flops_per_token: from cost.py, for the share of the machine's peak.
+    train_flops_per_token: from cost.py, for the share of the machine's peak. Every rank of run.team calls this.
+    Returns the engine, which holds what was trained (`write_trained`) until it is closed.
     Raises ValueError: settings that do not fit the data, the model or the ranks. FloatingPointError: see `Loop.step`.
     """
-    accelerator = Accelerator()
-    set_seed(config.rng_seed)
     batches = Batches(
         data, config.proportions, config.sequence_length, config.batch_sequences, config.rng_seed, skip_tokens,
         max_epochs=config.max_epochs,
     )  # fmt: skip
     for warning in batches.check(config.steps):
         run.say(warning)
+    check_ranks(config, run.team.size)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()
     model.train()
-    optimizer = build_optimizer(model, config)
-    done = restore_newest(out / "checkpoints", model, optimizer, run)
-    objective, optimizer = accelerator.prepare(Objective(model, config.precision), optimizer)
-    loop = Loop(config, accelerator, objective, model, optimizer, batches)
-    if done:
-        run.say(f"going on from step {done} of {config.steps}")
-        set_trainable(model, phase_at(loop.phases, min(done, config.steps - 1)).config)
-    with _MetricsFile(out / METRICS, done) as metrics:
-        _run_steps(loop, done, out, run, metrics, train_flops_per_token)
+    engine = ENGINES[run.team.strategy](Objective(model, config.precision), config, run.team)
+    set_seed(config.rng_seed + run.team.rank)  # of dropout: ranks must not drop the same places
+    loop = Loop(config, engine, batches)
+    snapshot = newest_snapshot(out / "checkpoints", run.team, run.say)
+    if snapshot is not None:
+        engine.load_weights(snapshot)
+        snapshot.restore_random_states(run.team)
+        run.say(f"going on from step {snapshot.step} of {config.steps}")
+    with _MetricsFile(out / METRICS, snapshot.step if snapshot else 0, run.team) as metrics:
+        _run_steps(loop, snapshot, out, run, metrics, train_flops_per_token)
+    return engine
 
 
-def _run_steps(loop: Loop, done: int, out: Path, run: Run, metrics: _MetricsFile, train_flops_per_token: float) -> None:
+def _run_steps(
+    loop: Loop, snapshot: Snapshot | None, out: Path, run: Run, metrics: _MetricsFile, train_flops_per_token: float
+) -> None:
     config, saved_at, last = loop.config, time.monotonic(), time.monotonic()
-    peak = matmul_peak_flops(config.precision, loop.accelerator.device.type)
+    peak = matmul_peak_flops(config.precision, loop.device.type) * run.team.size
+    done, starts = snapshot.step if snapshot else 0, {phase.start for phase in loop.phases}
     for step in range(done, config.steps):
+        if step == done:
+            loop.begin(step, snapshot)
+        elif step in starts:
+            loop.begin(step, _handed_over(loop, step, out, run) if loop.engine.restarts else None)
         totals = loop.step(step)
         now = time.monotonic()
         rate, last = config.batch_tokens / (now - last), now
@@ -217,11 +211,40 @@ def _run_steps(loop: Loop, done: int, out: Path, run: Run, metrics: _MetricsFile
         run.advance(step + 1, config.steps, **row)
         by_steps = run.checkpoint_steps and (step + 1) % run.checkpoint_steps == 0
         by_time = run.checkpoint_seconds and now - saved_at >= run.checkpoint_seconds
-        if (by_steps or by_time) and step + 1 < config.steps and loop.accelerator.is_main_process:
+        if step + 1 < config.steps and run.team.share(by_steps or by_time):  # clocks differ between ranks
             metrics.sync()
-            save_snapshot(out / "checkpoints", step + 1, loop.model, loop.optimizer, run.keep_checkpoints)
+            save_snapshot(out / "checkpoints", step + 1, loop.engine, run.keep_checkpoints)
             run.saved()
             saved_at = time.monotonic()
+
+
+def _handed_over(loop: Loop, step: int, out: Path, run: Run) -> Snapshot:
+    """The present state as a snapshot, for an engine that starts anew with every phase."""
+    root = out / "checkpoints"
+    if not (root / f"step-{step:08d}").is_dir():
+        save_snapshot(root, step, loop.engine, run.keep_checkpoints)
+    found = newest_snapshot(root, run.team, run.say)
+    assert found is not None and found.step == step
+    return found
+
+
+def write_trained(engine: PlainEngine, out: Path) -> None:
+    """The trained model as an ordinary Hugging Face directory, the same whatever trained it.
+
+    Tensor by tensor: the first rank holds one shard at most, the others one tensor.
+    """
+    model, team = engine.model, engine.team
+    writer = CheckpointWriter(out, SHARD_BYTES) if team.leads else None
+    for name, tensor in engine.full_weights():
+        if writer:
+            writer.add(name, tensor.cpu().clone())
+    if writer:
+        kept = set(model.state_dict())
+        for name, tensor in model.named_buffers():
+            if name in kept:
+                writer.add(name, tensor.cpu())
+        writer.close()
+        model.save_pretrained(out, state_dict={})  # config, generation settings, remote code
 
 
 def _row(totals: dict[str, Tensor], step: int, config: TrainConfig, rate: float) -> dict:
@@ -240,9 +263,12 @@ def _row(totals: dict[str, Tensor], step: int, config: TrainConfig, rate: float)
 
 
 class _MetricsFile:
-    """metrics.jsonl, cut back to the step that the run goes on from."""
+    """metrics.jsonl, cut back to the step that the run goes on from; the first rank's business."""
 
-    def __init__(self, path: Path, done: int):
+    def __init__(self, path: Path, done: int, team: Team):
+        self._path, self._file = path, None
+        if not team.leads:
+            return
         kept = []
         if path.is_file():
             lines = path.read_text().splitlines()
@@ -250,19 +276,21 @@ class _MetricsFile:
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text("".join(line + "\n" for line in kept))
         os.replace(temporary, path)
-        self._path = path
+        self._file = path.open("a")
 
     def __enter__(self):
-        self._file = self._path.open("a")
         return self
 
     def __exit__(self, *_error):
-        self._file.close()
+        if self._file:
+            self._file.close()
 
     def write(self, row: dict) -> None:
         assert all(math.isfinite(v) for v in row.values() if isinstance(v, float)), row
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        if self._file:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
 
     def sync(self) -> None:
-        os.fsync(self._file.fileno())
+        if self._file:
+            os.fsync(self._file.fileno())

@@ -1,0 +1,178 @@
+"""Branches side by side on one machine: each has a process of its own, an equal share of the devices or cores, and a log."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from launch.config import LaunchConfig
+from launch.groups import child_environment, command, launch_file, processes_of, strategy_of, visible_gpus
+from upcycle.store import Artifact
+
+POLL_SECONDS, PLAIN_SECONDS = 0.5, 30.0
+
+
+@dataclass
+class _Job:
+    """One branch in training."""
+
+    stage: Artifact
+    process: subprocess.Popen
+    log: Path
+    share: int
+
+
+def waiting_branches(stage: Artifact, stages: list[Artifact]) -> list[Artifact]:
+    """All branches that are still to be trained, if `stage` is one of them."""
+    waiting = [one for one in stages if one.together and one.name.startswith("branch/") and not one.finished]
+    return waiting if stage in waiting else []
+
+
+def shares(launch: LaunchConfig, parts: int) -> list[dict]:
+    """Equal shares of this machine: `gpus` (None without any), `cores` and `processes` of each.
+
+    Raises ValueError: fewer devices or processes than parts.
+    """
+    gpus, cores = visible_gpus(), sorted(os.sched_getaffinity(0))
+    have, what = (gpus, "GPUs") if gpus else (cores, "cores")
+    if len(have) < parts:
+        raise ValueError(
+            f"launch.parallel_branches={parts} exceeds the {len(have)} {what} of this machine; lower it to {len(have)}"
+        )
+    grouped = launch.config is not None and strategy_of(launch_file(launch)) != "single"
+    processes = processes_of(launch) if grouped else parts
+    if processes % parts:
+        raise ValueError(
+            f"launch.processes={processes} cannot be divided among launch.parallel_branches={parts}; make it a multiple"
+        )
+
+    def share(items: list, number: int) -> list:
+        each = len(items) // parts
+        return items[number * each : (number + 1) * each]
+
+    return [
+        {
+            "gpus": share(gpus, number) if gpus else None,
+            "cores": share(cores, number) if len(cores) >= parts else cores,
+            "processes": processes // parts,
+        }
+        for number in range(parts)
+    ]
+
+
+def make_side_by_side(
+    launch: LaunchConfig, arguments: list[str], waiting: list[Artifact], logs: Path, console: Console
+) -> None:
+    """Train the branches in `waiting`, at most launch.parallel_branches at a time. One that fails leaves the others be.
+
+    Raises RuntimeError: some failed, after the others have ended.
+    """
+    free = shares(launch, min(launch.parallel_branches, len(waiting)))
+    slots, left, running, failed = dict(enumerate(free)), list(waiting), [], []
+    logs.mkdir(parents=True, exist_ok=True)
+    live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+    printed = time.monotonic()
+    try:
+        if live:
+            live.start()
+        while left or running:
+            while left and slots:
+                number, share = slots.popitem()
+                running.append(_start(launch, arguments, left.pop(0), number, share, logs))
+            time.sleep(POLL_SECONDS)
+            for job in [job for job in running if job.process.poll() is not None]:
+                running.remove(job)
+                slots[job.share] = free[job.share]
+                failed += [] if _ended_well(job, console) else [job]
+            if live:
+                live.update(_table(waiting, running, failed))
+            elif running and time.monotonic() - printed >= PLAIN_SECONDS:
+                printed = time.monotonic()
+                for job in running:
+                    console.print(f"  {job.stage.name}  {_progress(job.stage)}", highlight=False, markup=False)
+    except BaseException:
+        for job in running:
+            job.process.terminate()
+        for job in running:
+            job.process.wait()
+        raise
+    finally:
+        if live:
+            live.stop()
+    if failed:
+        why = "; ".join(f"{job.stage.name}: {_last_line(job.log)} (log: {job.log})" for job in failed)
+        raise RuntimeError(
+            f"{len(failed)} of {len(waiting)} branches failed, the others are done; the same command trains only what is "
+            f"missing. {why}"
+        )
+
+
+def _start(launch: LaunchConfig, arguments: list[str], stage: Artifact, number: int, share: dict, logs: Path) -> _Job:
+    """A process (or a group, with launch.config) that trains one branch on its share of the machine."""
+    environment = dict(child_environment())
+    environment["OMP_NUM_THREADS"] = str(max(1, len(share["cores"]) // share["processes"]))
+    if share["gpus"] is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(share["gpus"])
+    settings = [one for one in arguments if not one.startswith(("launch.parallel_branches=", "launch.processes="))]
+    if launch.config is None:
+        words = [sys.executable, "-m", "launch.pipeline", *settings, f"stage={stage.name}"]
+    else:
+        part = LaunchConfig(**vars(launch) | {"processes": share["processes"], "parallel_branches": 1})
+        words = command(part, [*settings, f"launch.processes={share['processes']}"], stage.name)
+    log = logs / f"{stage.name.replace('/', '-')}.log"
+    stream: IO[str] = log.open("a")
+    cores = share["cores"]
+    with stream:
+        process = subprocess.Popen(
+            words, env=environment, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            preexec_fn=lambda: os.sched_setaffinity(0, cores),
+        )  # fmt: skip
+    return _Job(stage, process, log, number)
+
+
+def _ended_well(job: _Job, console: Console) -> bool:
+    name, done = job.stage.name, job.process.returncode == 0 and job.stage.finished
+    if done:
+        console.print(f"{name:24} made in {job.stage.seconds():7.1f} s  {job.stage.path.name}", highlight=False)
+    else:
+        console.print(f"{name:24} FAILED: {_last_line(job.log)}", highlight=False, markup=False, soft_wrap=True)
+    return done
+
+
+def _last_line(log: Path) -> str:
+    """What a process said about its end."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    ours = [line for line in lines if line.startswith("upcycle:")]
+    return (ours or lines or ["it said nothing"])[-1].removeprefix("upcycle: ")
+
+
+def _progress(stage: Artifact) -> str:
+    """How far a branch is, from the last whole row of its metrics."""
+    path, steps = stage.partial / "metrics.jsonl", stage.config["train"].steps
+    rows = [line for line in path.read_text().splitlines()[-2:] if line.endswith("}")] if path.is_file() else []
+    if not rows:
+        return f"0/{steps}"
+    row = json.loads(rows[-1])
+    left = (steps - row["step"]) * stage.config["train"].batch_tokens / row["tokens_per_second"]
+    return f"{row['step']}/{steps}  loss {row['loss']:.3f}  {row['tokens_per_second']:,.0f} tok/s  {left:.0f} s left"
+
+
+def _table(waiting: list[Artifact], running: list[_Job], failed: list[_Job]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    active, broken = {job.stage.name for job in running}, {job.stage.name for job in failed}
+    for stage in waiting:
+        if stage.name in active:
+            table.add_row(f"  {stage.name}", _progress(stage))
+        elif not stage.finished:
+            table.add_row(f"  {stage.name}", "failed" if stage.name in broken else "waiting")
+    return table

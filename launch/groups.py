@@ -1,0 +1,182 @@
+"""Stages made by a group of processes: the driver starts `accelerate launch` for each, and every process runs
+
+    python -m launch.pipeline <the same settings> stage=mix/bam
+
+which is also what one types by hand. `python -m launch.groups ...` is `accelerate launch ...` that says in one line which
+process ended the group.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from launch.config import LaunchConfig
+from upcycle.config import nearest
+from upcycle.store import Artifact
+from upcycle.team import ALONE, Team, asked_strategy, in_group, join
+
+FILES = Path(__file__).resolve().parent / "accelerate"
+STARTED = "UPCYCLE_STARTED_BY_DRIVER"
+
+
+def launch_file(launch: LaunchConfig) -> Path:
+    """The file that launch.config means.
+
+    Raises ValueError: there is none.
+    """
+    assert launch.config is not None
+    name = launch.config + ("_multinode" if launch.machines > 1 else "")
+    if (FILES / f"{name}.yaml").is_file():
+        return FILES / f"{name}.yaml"
+    path = Path(launch.config).expanduser().absolute()
+    if not path.is_file():
+        names = sorted(path.stem for path in FILES.glob("*.yaml") if not path.stem.endswith("_multinode"))
+        raise ValueError(
+            f"launch.config={launch.config}: neither a file nor one of {', '.join(names)}{nearest(launch.config, names)}"
+        )
+    return path
+
+
+def strategy_of(file: Path) -> str:
+    """The strategy that a launch file asks for, from the keys that become a process's environment.
+
+    Raises ValueError: see `team.asked_strategy`; not a launch file.
+    """
+    import yaml
+
+    try:
+        found = dict(yaml.safe_load(file.read_text()))
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: not a launch file of Accelerate ({error}); `accelerate config` writes one") from None
+    kind = str(found.get("distributed_type", "NO"))
+    deepspeed, fsdp = found.get("deepspeed_config") or {}, found.get("fsdp_config") or {}
+    environment = {
+        "ACCELERATE_USE_DEEPSPEED": str(kind == "DEEPSPEED"),
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(deepspeed.get("deepspeed_config_file", "none")),
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(deepspeed.get("zero_stage", 2)),
+        "ACCELERATE_USE_FSDP": str(kind == "FSDP"),
+        "FSDP_VERSION": str(fsdp.get("fsdp_version", 1)),
+        "ACCELERATE_USE_MEGATRON_LM": str(kind == "MEGATRON_LM"),
+    }
+    return asked_strategy(environment | ({} if kind == "NO" else {"LOCAL_RANK": "0"}))
+
+
+def processes_of(launch: LaunchConfig) -> int:
+    """How many processes the group of a stage has.
+
+    Raises ValueError: nobody says so.
+    """
+    if launch.processes is not None:
+        return launch.processes
+    if strategy_of(launch_file(launch)) == "single":
+        return 1
+    if gpus := len(visible_gpus()):
+        return gpus
+    raise ValueError(
+        f"launch.config={launch.config} without a GPU: say how many processes, launch.processes=2 for example"
+    )
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; no torch."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [gpu for gpu in named.split(",") if gpu.strip()]
+    return [path.name.removeprefix("nvidia") for path in sorted(Path("/dev").glob("nvidia[0-9]*"))]
+
+
+def member(launch: LaunchConfig) -> Team:
+    """This process in its group; ALONE where no launcher started it.
+
+    Raises ValueError: the group is not what launch.config asks for.
+    """
+    started = os.environ.get(STARTED) == "1"
+    if not (started or in_group()):
+        return ALONE
+    if launch.config is None:
+        return join()
+    return join(strategy_of(launch_file(launch)), launch.processes)
+
+
+def drives(launch: LaunchConfig) -> bool:
+    """Whether this process starts groups rather than being in one."""
+    return launch.config is not None and os.environ.get(STARTED) != "1" and not in_group()
+
+
+def command(launch: LaunchConfig, arguments: list[str], stage: str) -> list[str]:
+    """The command that makes `stage` in a group. arguments: this run's settings, as typed."""
+    per_process = launch.threads or max(1, len(os.sched_getaffinity(0)) * launch.machines // processes_of(launch))
+    options = [
+        "--config_file", str(launch_file(launch)), "--num_processes", str(processes_of(launch)),
+        "--num_machines", str(launch.machines), "--machine_rank", str(launch.machine_rank),
+        "--num_cpu_threads_per_process", str(per_process),
+    ]  # fmt: skip
+    if launch.main_address is not None:
+        host, port = launch.main_address.rsplit(":", 1)
+        options += ["--main_process_ip", host, "--main_process_port", port]
+    if launch.offload != "none":
+        options += _offload(launch)
+    return [sys.executable, "-m", "launch.groups", *options, "-m", "launch.pipeline", *arguments, f"stage={stage}"]
+
+
+def _offload(launch: LaunchConfig) -> list[str]:
+    """Raises ValueError: not a strategy that can."""
+    strategy = strategy_of(launch_file(launch))
+    if not strategy.startswith("zero") or (launch.offload == "nvme" and strategy != "zero3"):
+        can = "zero3" if launch.offload == "nvme" else "zero1, zero2 and zero3"
+        raise ValueError(f"launch.offload={launch.offload} works with {can}, not with {strategy}; choose another")
+    options = ["--offload_optimizer_device", launch.offload]
+    if strategy == "zero3":
+        options += ["--offload_param_device", launch.offload]
+    if launch.nvme_path is not None:
+        options += ["--offload_optimizer_nvme_path", launch.nvme_path, "--offload_param_nvme_path", launch.nvme_path]
+    return options
+
+
+def child_environment() -> Mapping[str, str]:
+    root = str(Path(__file__).resolve().parent.parent)  # found from any directory, installed or not
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, STARTED: "1", "PYTHONPATH": path}
+
+
+def make_in_group(launch: LaunchConfig, arguments: list[str], stage: Artifact) -> None:
+    """Make one stage with a group of processes, which print their progress here.
+
+    Raises RuntimeError: the group ended without it.
+    """
+    process = subprocess.Popen(command(launch, arguments, stage.name), env=child_environment())
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:  # the group got the signal too, and must not outlive us
+        process.wait()
+        raise
+    if status != 0 or not stage.finished:
+        raise RuntimeError(
+            f"stage {stage.name}: its {processes_of(launch)} processes ended without finishing it (above is why); it is "
+            f"{stage.state}, and the same command goes on from there"
+        )
+
+
+def main() -> None:
+    """`accelerate launch`, with one line in place of two tracebacks when a process of the group fails."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        launch_command(launch_command_parser().parse_args())
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        code: Any = failure.exitcode
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+        print(f"upcycle: rank {rank} was {how}; the other processes of its group were stopped", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
