@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from evals.routing import RoutingCounter
+from evals.routing import RoutingCounter, in_turn
 from upcycle.batches import TokenArray
 from upcycle.config import EvalConfig
 from upcycle.families import language_model_head
 from upcycle.losses import IGNORED, token_nats
 from upcycle.modeling import UpcycledForCausalLM
 from upcycle.routing import RoutingTrace
+from upcycle.team import ALONE, Team
 
 
 @dataclass
@@ -61,20 +62,29 @@ def whole_documents(array: TokenArray, max_tokens: int | None) -> int:
 
 @torch.no_grad()
 def score_domain(
-    model: PreTrainedModel, array: TokenArray, config: EvalConfig, counter: RoutingCounter | None, advance: Callable
+    model: PreTrainedModel,
+    array: TokenArray,
+    config: EvalConfig,
+    counter: RoutingCounter | None,
+    advance: Callable,
+    team: Team = ALONE,
 ) -> Scored:
-    """Score one split of one domain; `counter` sees the routing of every predicted token."""
+    """Score one split of one domain; `counter` sees the routing of every predicted token.
+
+    The ranks of `team` take the batches in turn, and all get the whole result: the very figures of one process.
+    """
     documents = whole_documents(array, config.max_tokens)
     tokens = np.asarray(array.tokens[: array.offsets[documents]])
     pairs = list(windows(tokens, config.sequence_length))
     nats = []
-    for start in range(0, len(pairs), config.batch_sequences):
-        inputs, labels = (
-            torch.from_numpy(np.stack(side))
-            for side in zip(*pairs[start : start + config.batch_sequences], strict=True)
-        )
+    size = config.batch_sequences
+    for start in range(team.rank * size, len(pairs), team.size * size):
+        inputs, labels = (torch.from_numpy(np.stack(side)) for side in zip(*pairs[start : start + size], strict=True))
         nats.append(_window_nats(model, inputs, labels, config.precision, counter).double().flatten().numpy())
-        advance(inputs.numel())
+        advance(team.size * inputs.numel())
+    nats = in_turn(team.gather(nats))
+    if counter is not None:
+        counter.combine(team)
     per_token = np.concatenate([[0.0], np.concatenate(nats)[: len(tokens) - 1]])  # the stream's first is not predicted
     starts = array.offsets[:documents]
     predicted = np.diff(array.offsets[: documents + 1]) - (np.arange(documents) == 0)
@@ -98,8 +108,10 @@ def _window_nats(
     return nats.view_as(labels_BS).cpu()
 
 
-def evaluate(model: PreTrainedModel, data: dict[str, Path], config: EvalConfig, advance: Callable) -> tuple[dict, dict]:
-    """(`evaluation.json` as a dict, arrays for `documents.npz`) of one model over all domains.
+def evaluate(
+    model: PreTrainedModel, data: dict[str, Path], config: EvalConfig, advance: Callable, team: Team = ALONE
+) -> tuple[dict, dict]:
+    """(`evaluation.json` as a dict, arrays for `documents.npz`) of one model over all domains, on every rank of `team`.
 
     Raises ValueError: a domain without that split.
     """
@@ -119,7 +131,7 @@ def evaluate(model: PreTrainedModel, data: dict[str, Path], config: EvalConfig, 
             tokens = int(array.offsets[whole_documents(array, config.max_tokens)])
             starts = np.arange(0, tokens - 1, config.sequence_length)
             counter.start(name, np.searchsorted(array.offsets, starts, side="right") - 1)
-        scored = score_domain(model, array, config, counter, tick)
+        scored = score_domain(model, array, config, counter, tick, team)
         summaries[name] = scored.summary()
         documents |= {f"{name}.nats": scored.nats, f"{name}.tokens": scored.tokens, f"{name}.bytes": scored.bytes}
     result = {

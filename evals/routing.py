@@ -5,12 +5,15 @@ Shapes: L layers, E experts, W windows (one sequence of evaluation text), T toke
 
 from __future__ import annotations
 
+from itertools import zip_longest
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from upcycle.configuration import UpcycledConfig
 from upcycle.routing import Routing, RoutingTrace
+from upcycle.team import Team
 
 CONTROL_DRAWS = 100
 
@@ -59,6 +62,11 @@ def _information_of_windows(windows: np.ndarray, domains: np.ndarray) -> float:
     return mutual_information(table)
 
 
+def in_turn(dealt: list[list]) -> list:
+    """One list again, of what was dealt to ranks in turn."""
+    return [each for turn in zip_longest(*dealt) for each in turn if each is not None]
+
+
 class RoutingCounter:
     """Adds up the routing of evaluated tokens, domain by domain; padding is left out."""
 
@@ -87,6 +95,11 @@ class RoutingCounter:
             self.windows[part][self.domain].append((weights * mask).sum(2).transpose(0, 1).double().cpu().numpy())
             total = torch.stack([(entropies * valid_BS).sum((1, 2)), valid_BS.sum().expand(len(routings))])
             self.entropy[part][self.domain].append(total.double().cpu().numpy())
+
+    def combine(self, team: Team) -> None:
+        """Put this domain's batches together again, which the ranks took in turn."""
+        for found in (*self.windows.values(), *self.entropy.values()):
+            found[self.domain] = in_turn(team.gather(found[self.domain]))
 
     def summary(self, rng_seed: int) -> dict:
         """As stored under "routing" in evaluation.json."""

@@ -11,7 +11,7 @@ from upcycle.durable import write_json
 from upcycle.store import Run, versioned
 
 
-@versioned(1)
+@versioned(1, together=True)
 def evaluate_model(config: EvalConfig, *, out: Path, run: Run, model: Path, data: dict[str, Path]) -> None:
     """evaluation.json and documents.npz of one model over every domain."""
     import numpy as np
@@ -21,8 +21,10 @@ def evaluate_model(config: EvalConfig, *, out: Path, run: Run, model: Path, data
     import upcycle.modeling  # noqa: F401  (registers the mixture's classes)
     from evals.perplexity import evaluate
 
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    result, documents = evaluate(loaded, data, config, run.advance)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(run.team.device)
+    result, documents = evaluate(loaded, data, config, run.advance, run.team)
+    if not run.team.leads:
+        return
     for domain, path in data.items():
         result["domains"][domain]["overlap"] = json.loads((path / "overlap.json").read_text())["test_in_train"]
     np.savez(out / "documents.npz", **documents)

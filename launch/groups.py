@@ -48,11 +48,12 @@ def strategy_of(file: Path) -> str:
 
     Raises ValueError: see `team.asked_strategy`; not a launch file.
     """
-    import yaml
+    from omegaconf import OmegaConf
 
     try:
-        found = dict(yaml.safe_load(file.read_text()))
-    except (yaml.YAMLError, TypeError, ValueError) as error:
+        found: Any = OmegaConf.to_container(OmegaConf.load(file))
+        found = dict(found)
+    except Exception as error:  # of three libraries
         raise ValueError(f"{file}: not a launch file of Accelerate ({error}); `accelerate config` writes one") from None
     kind = str(found.get("distributed_type", "NO"))
     deepspeed, fsdp = found.get("deepspeed_config") or {}, found.get("fsdp_config") or {}
@@ -152,11 +153,11 @@ def make_in_group(launch: LaunchConfig, arguments: list[str], stage: Artifact) -
     """
     process = subprocess.Popen(command(launch, arguments, stage.name), env=child_environment())
     try:
-        status = process.wait()
+        process.wait()
     except KeyboardInterrupt:  # the group got the signal too, and must not outlive us
         process.wait()
         raise
-    if status != 0 or not stage.finished:
+    if not stage.finished:
         raise RuntimeError(
             f"stage {stage.name}: its {processes_of(launch)} processes ended without finishing it (above is why); it is "
             f"{stage.state}, and the same command goes on from there"

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import traceback
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -85,11 +86,13 @@ def run(cfg: Config, out: Path) -> None:
     _check_group(cfg, team)
     if os.environ.get(STARTED) == "1":  # one stage of a run that has a driver
         compute(cfg, experiment.store, stages, console, team)
+        team.leave()
         return
     if team.leads:
         check_sources(stages, console)
         write_manifest(cfg, experiment, out)  # first, so that `upcycle status` sees a run in progress
     compute(cfg, experiment.store, stages, console, team, out)
+    team.leave()
     if not team.leads:
         return
     if experiment.report is not None and experiment.report.finished:
@@ -168,7 +171,9 @@ def _prepare_process(cfg: Config, console: Console) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # ours says more
     datasets.disable_progress_bars()
-    if not torch.cuda.is_available() and keep_freed_memory():
+    # torch renames its collectives, and DeepSpeed still calls them by their old names.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+    if not torch.cuda.is_available() and keep_freed_memory() and os.environ.get(STARTED) != "1":
         console.print("CPU run: freed memory is kept by the process (glibc allocator setting)", highlight=False)
     if cfg.launch.threads is not None:
         torch.set_num_threads(cfg.launch.threads)

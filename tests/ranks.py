@@ -23,10 +23,11 @@ from pydantic import TypeAdapter
 
 import upcycle.modeling  # noqa: F401  (registers the mixture's classes)
 from upcycle.config import TrainConfig
-from upcycle.engines import PlainEngine, partitioned_loading
+from upcycle.engine import PlainEngine
 from upcycle.store import Run
 from upcycle.team import ALONE, Team, join
 from upcycle.train import train, write_trained
+from upcycle.zero import partitioned_loading
 
 
 class Killed(BaseException):
@@ -43,6 +44,10 @@ def run_job(job: dict, team: Team = ALONE) -> None:
     with partitioned_loading(team):
         model = transformers.AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
     said: list[str] = []
+    if team.strategy == "zero3":  # small tensors are kept whole by default, and all of ours are small
+        kept_below = job.get("persistence_threshold", 0)
+        zero = team.accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        zero["stage3_param_persistence_threshold"] = kept_below
 
     def advance(done: int, total: int, **_figures) -> None:
         if done == job.get("stop"):
@@ -75,15 +80,15 @@ def unsynchronised(team: Team):
     if team.strategy == "ddp":
         return mock.patch.object(PlainEngine, "micro_batch", lambda engine, last: engine.module.no_sync())
     if team.strategy == "fsdp2":
-        import upcycle.engines as engines
+        import upcycle.sharded as sharded
 
-        inner = engines.ShardedEngine._prepare
+        inner = sharded.ShardedEngine._prepare
 
         def prepare(engine):
             inner(engine)
             engine.module.set_requires_gradient_sync(False)
 
-        return mock.patch.object(engines.ShardedEngine, "_prepare", prepare)
+        return mock.patch.object(sharded.ShardedEngine, "_prepare", prepare)
     # DeepSpeed's exchanges all go through this module.
     import deepspeed.comm as comm
 
@@ -103,6 +108,7 @@ def main() -> None:
     team = join()
     for job in json.loads(Path(sys.argv[1]).read_text()):
         run_job(job, team)
+    team.leave()
 
 
 if __name__ == "__main__":

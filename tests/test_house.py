@@ -18,10 +18,11 @@ README = (ROOT / "README.md").read_text()
 LEVELS = {
     "config": 0, "durable": 0, "families": 0, "losses": 0, "machine": 0, "merge": 0, "programs": 0, "routing": 0,
     "attention": 1, "directories": 1, "checkpoint": 2, "corpora": 1, "cost": 1, "store": 1, "batches": 0, "documents": 2,
-    "configuration": 1, "modeling": 2, "data": 3, "phases": 1, "optim": 2, "snapshot": 2, "assembly": 5, "train": 3, "proof": 6, "api": 7, "stages": 7,
+    "configuration": 1, "modeling": 2, "data": 3, "phases": 1, "optim": 2, "snapshot": 4, "assembly": 5, "train": 6, "proof": 6, "api": 7, "stages": 7,
     "explanation": 0, "mistakes": 1, "explain": 6,
     "vocabulary": 0, "pieces": 3, "preflight": 3, "relatedness": 3,
     "card": 0, "adoption": 4, "native": 7, "exporting": 8,
+    "team": 0, "engine": 3, "sharded": 4, "zero": 4, "engines": 5,
 }  # fmt: skip
 REMOTE_CODE = {"modeling", "configuration", "routing", "attention", "families", "losses"}
 BANNED = {"utils", "common", "helpers", "misc", "base", "manager"}

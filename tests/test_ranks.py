@@ -94,7 +94,8 @@ def jobs(root: Path, strategy: str) -> list[dict]:
             settings = settings | {"micro_batch_sequences": 1}
         found.append(job(root, name, strategy, name, train=settings))
         one_step = settings | {"tokens": 64, "phases": [{}]}
-        found.append(job(root, f"{name}-1", strategy, name, train=one_step))
+        found.append(job(root, f"{name}-1", strategy, name, train=one_step, persistence_threshold=100_000))
+    found.append(job(root, "fp32", strategy, "bam_fused", train=MIXTURES["bam_fused"][2] | {"precision": "fp32"}))
     found.append(job(root, "starved", strategy, "starved", train={"phases": [{}]}))
     # Stopped in each phase and at a boundary, with a snapshot before it.
     for stop in (3, 8, 13):
@@ -155,9 +156,10 @@ def largest_difference(ours: list[dict], theirs: list[dict], keys=("loss", "cros
 @pytest.mark.parametrize("mixture", MIXTURES)
 def test_two_ranks_train_what_one_process_trains(shop, strategy, mixture):
     ours, single = rows(shop / strategy / mixture), rows(shop / "single" / mixture)
-    bf16 = MIXTURES[mixture][2].get("precision") == "bf16"
-    # bf16 rounds each rank's matrix products by itself; fp32 is held to the exact bound.
-    assert largest_difference(ours, single) <= (2e-2 if bf16 else 1e-4)
+    bf16, allowed = MIXTURES[mixture][2].get("precision") == "bf16", 1e-4
+    if bf16:  # DeepSpeed's linear for ZeRO-3 rounds before it adds a bias: as far off as bf16 is from fp32, at most
+        allowed = largest_difference(single, rows(shop / "single" / "fp32")) if strategy == "zero3" else 1e-3
+    assert largest_difference(ours, single) <= allowed
     for a, b in zip(ours, single, strict=True):
         assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=0.05 if bf16 else 1e-3)
         assert a["router_gradient_norm"] == pytest.approx(

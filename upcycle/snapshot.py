@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from upcycle.durable import sync, write_json
-from upcycle.engines import STEP, Part, PlainEngine
+from upcycle.engine import STEP, Part, PlainEngine
 from upcycle.team import Team
 
 PREFIX, PARTIAL = "step-", ".partial"

@@ -80,7 +80,7 @@ def train_model(config: dict[str, Any], *, out: Path, run: Run, model: Path, dat
     from transformers import AutoModelForCausalLM
 
     import upcycle.modeling  # noqa: F401  (registers the mixture's classes)
-    from upcycle.engines import partitioned_loading
+    from upcycle.zero import partitioned_loading
 
     with partitioned_loading(run.team):
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)

@@ -31,6 +31,15 @@ class Team:
     group: Any = field(default=None, repr=False, compare=False)
 
     @property
+    def device(self) -> Any:
+        """Where this process computes."""
+        import torch
+
+        if self.accelerator is not None:
+            return self.accelerator.device
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
     def leads(self) -> bool:
         return self.rank == 0
 
@@ -57,6 +66,14 @@ class Team:
     def wait(self) -> None:
         """Until every rank is here."""
         self.gather(None)
+
+    def leave(self) -> None:
+        """Take the group apart, when every rank is done: threads of it that outlive Python abort the process."""
+        if self.group is not None:
+            import torch.distributed as dist
+
+            self.wait()
+            dist.destroy_process_group()
 
 
 ALONE = Team()
@@ -150,9 +167,9 @@ def _accelerator(asked: str) -> Any:
         accelerator = Accelerator(kwargs_handlers=handlers, mixed_precision="no")
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-        unset_hf_deepspeed_config()  # else every model built here would be partitioned (engines.partitioned_loading)
+        unset_hf_deepspeed_config()  # else every model built here would be partitioned (zero.partitioned_loading)
         return accelerator
-    # Sharding is ours (engines.py), on the parameters of the whole objective: Accelerate's would be a second one, and does
+    # Sharding is ours (sharded.py), on the parameters of the whole objective: Accelerate's would be a second one, and does
     # not exist without a GPU. Its part here is the process group.
     os.environ.pop("ACCELERATE_USE_FSDP", None)
     return Accelerator(cpu=on_cpu, kwargs_handlers=handlers, mixed_precision="no")

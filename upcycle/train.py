@@ -13,6 +13,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import set_seed
@@ -22,7 +23,8 @@ from transformers import PreTrainedModel
 from upcycle.batches import Batches
 from upcycle.checkpoint import CheckpointWriter
 from upcycle.config import TrainConfig
-from upcycle.engines import ENGINES, PlainEngine
+from upcycle.engine import PlainEngine
+from upcycle.engines import ENGINES
 from upcycle.families import language_model_head
 from upcycle.losses import cross_entropy_sum, next_token_labels
 from upcycle.machine import matmul_peak_flops
@@ -141,6 +143,12 @@ class Loop:
         return totals | {"gradient_norm": norm, "router_gradient_norm": routers}
 
 
+def checkpointing_options(strategy: str) -> dict[str, Any]:
+    """For torch.utils.checkpoint. Under ZeRO-3 a frozen weight that a recomputation saves is taken away again before use
+    and brought back for it; torch's comparison of shapes would see it empty in between."""
+    return {"use_reentrant": False} | ({"determinism_check": "none"} if strategy == "zero3" else {})
+
+
 def summed(totals: dict[str, Tensor], team: Team) -> dict[str, Tensor]:
     """Each tensor summed over ranks, in one exchange."""
     if team.size == 1:
@@ -175,7 +183,7 @@ def train(
         run.say(warning)
     check_ranks(config, run.team.size)
     if config.gradient_checkpointing:
-        model.activation_checkpointing_enable()
+        model.activation_checkpointing_enable(checkpointing_options(run.team.strategy))
     model.train()
     engine = ENGINES[run.team.strategy](Objective(model, config.precision), config, run.team)
     set_seed(config.rng_seed + run.team.rank)  # of dropout: ranks must not drop the same places

@@ -1,0 +1,94 @@
+"""FSDP2: every rank holds a part of each weight, gradient and moment (torch.distributed.fsdp.fully_shard)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from upcycle.engine import MOMENTS, WEIGHT, Part, PlainEngine, Ranges, Saved, cut, fill
+from upcycle.families import family_of
+from upcycle.modeling import UpcycledForCausalLM
+from upcycle.optim import build_optimizer
+
+
+class ShardedEngine(PlainEngine):
+    """FSDP2 (torch.distributed.fsdp.fully_shard): every rank holds a part of each weight, gradient and moment.
+
+    Differs from Accelerate's and transformers' use of it: the whole objective is the root, because the loss calls the
+    decoder and the head by themselves; and a stack of fewer experts than ranks is cut along its rows, not along its
+    experts, or all but a few ranks would hold nothing of them.
+    """
+
+    def _prepare(self) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
+        self.mesh = init_device_mesh(self.accelerator.device.type, (self.team.size,))
+        options: dict[str, Any] = {"mesh": self.mesh, "shard_placement_fn": self._placement}
+        for layer in decoder_layers(self.model):
+            fully_shard(layer, **options)
+        self.module = fully_shard(self.objective, **options)
+        if not isinstance(self.module, FSDPModule):
+            raise RuntimeError(f"fsdp2 was asked for, but the objective is a {type(self.module).__name__}")
+        self.optimizer = build_optimizer(self.model, self.config)
+
+    def _placement(self, parameter: nn.Parameter) -> Any:
+        from torch.distributed.tensor import Shard
+
+        size, shape = self.team.size, parameter.shape
+        if parameter.dim() < 3 or shape[0] % size == 0:
+            return Shard(0)
+        even = [dim for dim in range(1, parameter.dim()) if shape[dim] % size == 0]  # FSDP2 wants that past dim 0
+        return Shard(even[0] if even else 0)
+
+    def _ranges(self, parameter: Any) -> Ranges:
+        """Where this rank's part lies in the flattened whole: one range, or one for each index before the cut dim."""
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        shape, placements = parameter.shape, parameter.placements
+        local, offset = compute_local_shape_and_global_offset(shape, self.mesh, placements)
+        dim = placements[0].dim
+        inner, outer = shape[dim + 1 :].numel(), shape[:dim].numel()
+        return [
+            ((index * shape[dim] + offset[dim]) * inner, (index * shape[dim] + offset[dim] + local[dim]) * inner)
+            for index in range(outer)
+            if local[dim]
+        ]
+
+    def weights(self) -> Iterator[Part]:
+        for name, parameter in self.model.named_parameters():
+            yield from cut(name, WEIGHT, local_of(parameter), self._ranges(parameter))
+
+    def moments(self) -> Iterator[Part]:
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if key in MOMENTS:
+                    yield from cut(name, key, local_of(value), self._ranges(parameter))
+                elif self.team.leads:
+                    yield Part(name, key, 0, local_of(value).flatten())
+
+    def load_weights(self, saved: Saved) -> None:
+        for name, parameter in self.model.named_parameters():
+            ranges = self._ranges(parameter)
+            fill(local_of(parameter), ranges, lambda start, stop, name=name: saved.read(name, WEIGHT, start, stop))
+
+    def _fill(self, moment: Tensor, parameter: nn.Parameter, read: Callable[[int, int], Tensor]) -> None:
+        fill(local_of(moment), self._ranges(parameter), read)
+
+    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.model.named_parameters():
+            yield name, parameter.detach().full_tensor()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def local_of(tensor: Any) -> Tensor:
+    """What this rank holds of a tensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of a dense model or a mixture."""
+    mixture = isinstance(model, UpcycledForCausalLM)
+    decoder: Any = model.model.decoder if mixture else model.base_model
+    return getattr(decoder, family_of(decoder.config).layers)
