@@ -3,8 +3,8 @@
     RANK=0 python tests/ranks_plans.py DIRECTORY
 
 DIRECTORY holds ids.pt and cases.json: a list of {name, model, layout} and, optionally, `config` (more of a
-DistributedConfig), `checkpointing`, `accumulate`, `save`, `light` (nothing is generated), `fault` (a name in FAULTS). Rank 0 writes DIRECTORY/<name>.pt
-for each.
+DistributedConfig), `checkpointing`, `accumulate`, `save`, `light` (nothing is generated), `fault` (a name in FAULTS).
+Rank 0 writes DIRECTORY/<name>.pt for each.
 """
 
 from __future__ import annotations

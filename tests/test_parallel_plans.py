@@ -38,6 +38,8 @@ WHOLE_HEADS = {
     }.items()
 }
 
+WHOLE_NORMS = {f"model.decoder.layers.*.self_attn.{name}": "replicate" for name in ("q_norm", "k_norm")}
+
 
 def case(family: str, attention: str, layout: str, suffix: str = "", changes: dict | None = None, **more) -> dict:
     """Three experts, so that one is cut in the middle of its heads, where whole experts are not dealt out."""
@@ -53,6 +55,7 @@ OPTIONS = [
     case("llama", "bam", "fsdp_ep", "-checkpointing", checkpointing=True),
     case("qwen3", "bam", "tp", "-accumulated", accumulate=2),
     case("qwen3", "bam_shared_kv", "fsdp_ep", "-accumulated", accumulate=2),
+    case("qwen3", "btx", "tp", "-accumulated", accumulate=2, config={"tp_plan": WHOLE_HEADS | WHOLE_NORMS}),
     case("llama", "btx", "tp", "-global", changes={"balance_scope": "global"}),
     case("llama", "bam_shared_kv", "tp", "-one_head", {"num_key_value_heads": 1}, config={"tp_plan": WHOLE_HEADS}),
     case("llama", "bam", "tp", "-saved", save=True),
