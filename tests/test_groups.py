@@ -285,7 +285,7 @@ def test_branches_side_by_side_and_one_that_fails(alone, tmp_path):
     settings = [*WALK, "launch.parallel_branches=2"]
     done = upcycle(*settings, "+branches.law.train.lr=1e30", cwd=tmp_path, check=False)
     assert done.returncode == 2
-    assert re.search(r"branch/law +FAILED: step 1, rank 0: loss nan", done.stdout)
+    assert re.search(r"branch/law +FAILED: step \d+, rank 0: .*nothing was updated", done.stdout)
     assert "1 of 3 branches failed, the others are done" in done.stderr and "branch-law.log" in done.stderr
     for name in ("branch/code", "branch/math"):
         assert (

@@ -1,4 +1,4 @@
-"""Ten faults, planted one at a time in a copy of the sources; each must make the test that guards it fail."""
+"""Faults, planted one at a time in a copy of the sources; each must make the test that guards it fail."""
 
 import os
 import shutil
@@ -50,8 +50,8 @@ FAULTS = {
         "tests/test_assembly.py::test_mixture_on_disk_equals_the_reference_mixture",
     ),
     "optimizer state dropped on resume": (
-        "upcycle/snapshot.py",
-        "optimizer.state[parameters[name]] = state",
+        "upcycle/engine.py",
+        "self.optimizer.state[parameter] = state",
         "pass",
         "tests/test_train.py::test_resume_equals_straight_run",
     ),

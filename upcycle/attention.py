@@ -90,6 +90,18 @@ class GatedOutput(nn.Module):
         return DTensor.from_local(local, mesh, heads_BSW.placements, run_check=False), gates
 
 
+def copied(module: nn.Module) -> nn.Module:
+    """A copy with weights of its own, also where ZeRO-3 has partitioned the weights while the module was built."""
+    twin = copy.deepcopy(module)
+    for name, parameter in module.named_parameters():
+        if hasattr(parameter, "ds_shape"):  # the partition alone is no tensor that could be loaded
+            own = nn.Parameter(torch.empty(parameter.ds_shape, dtype=parameter.dtype))
+            parameter.convert_to_zero_parameters(param_list=[own])
+            owner, _, last = name.rpartition(".")
+            setattr(twin.get_submodule(owner), last, own)
+    return twin
+
+
 class ExpertNorms(nn.Module):
     """The query or key norms of all experts, each on its own expert's heads, in that expert's own layout.
 
@@ -99,7 +111,7 @@ class ExpertNorms(nn.Module):
 
     def __init__(self, norm: nn.Module, num_experts: int, axis: int, kv_heads: int | None):
         super().__init__()
-        self.norms = nn.ModuleList(copy.deepcopy(norm) for _ in range(num_experts))
+        self.norms = nn.ModuleList(copied(norm) for _ in range(num_experts))
         self.axis, self.kv_heads = axis, kv_heads
 
     def forward(self, heads: Tensor) -> Tensor:
@@ -215,7 +227,7 @@ def soft_mixture_of_attention(attention: nn.Module, seed, num_experts: int, kv: 
     for name, role in family.norms.items():
         norm = getattr(attention, name, None)
         if norm is not None and shared and role == "key":
-            setattr(wide, name, copy.deepcopy(norm))
+            setattr(wide, name, copied(norm))
         elif norm is not None:
             setattr(wide, name, ExpertNorms(norm, num_experts, 1 if family.heads_first else 2, kv_heads))
     if shared and not family.grouped:
