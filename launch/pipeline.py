@@ -23,7 +23,7 @@ from launch.branches import make_side_by_side, waiting_branches
 from launch.config import Config, build, nearest
 from launch.groups import STARTED, command, drives, make_in_group, member, processes_of
 from launch.overrides import CONF, check_package, explained, own_arguments, rewritten, swept_keys
-from launch.plan import check_sources, check_texts, print_dry_run, print_plan
+from launch.plan import check_sources, check_texts, print_dry_run, print_plan, train_of
 from launch.recipes import Experiment, upcycle
 from upcycle.directories import check_room
 from upcycle.durable import atomic_directory, write_json
@@ -83,7 +83,7 @@ def run(cfg: Config, out: Path) -> None:
         print_dry_run(experiment, console)
         _drop_empty(out)
         return
-    _check_group(cfg, team)
+    _check_group(cfg, team, stages)
     if os.environ.get(STARTED) == "1":  # one stage of a run that has a driver
         compute(cfg, experiment.store, stages, console, team)
         team.leave()
@@ -113,14 +113,17 @@ def _prepare_environment() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
-def _check_group(cfg: Config, team: Team) -> None:
+def _check_group(cfg: Config, team: Team, stages: list[Artifact]) -> None:
     """Raises ValueError: settings of the launch that cannot be, or batches that its processes cannot share evenly."""
     ranks = team.size
     if drives(cfg.launch):
         ranks = processes_of(cfg.launch)
         command(cfg.launch, [], "")  # for what it raises
-    for where, train in cfg.runs().items():
-        check_ranks(train, ranks, where)
+    for stage in stages:
+        if (train := train_of(stage)) is not None and not stage.finished:
+            kind, _, name = stage.name.partition("/")
+            where = {"branch": f"branches.{name}.train", "mix": f"mixtures.{name}.train", "seed": "seed.train"}
+            check_ranks(train, ranks, where.get(kind, kind))
 
 
 def compute(

@@ -34,14 +34,14 @@ def stage_cost(experiment: Experiment, stage: Artifact) -> tuple[Shape | None, f
     if lineage is None or stage.name.startswith(("documents/", "tokens/")):
         return None, None, None
     shape = lineage.shape
-    train = _train_of(stage)
+    train = train_of(stage)
     if train is None:  # assembled, merged, evaluated: the weights only
         return shape, None, shape.parameters * 4
     flops = train.steps * train.batch_tokens * shape.train_flops_per_token(train.sequence_length)
     return shape, flops, shape.train_bytes
 
 
-def _train_of(stage: Artifact) -> TrainConfig | None:
+def train_of(stage: Artifact) -> TrainConfig | None:
     """The settings of a training stage; None of any other."""
     if stage.function is prepare_seed:
         return stage.config.train
@@ -117,7 +117,7 @@ def check_texts(stages: list[Artifact]) -> None:
         for tokens in data.values():
             if stage.function is evaluate_model:
                 TokenArray(tokens.path, stage.config.split, sequence_length=2)  # one prediction
-            elif train := _train_of(stage):
+            elif train := train_of(stage):
                 TokenArray(tokens.path, "train", train.sequence_length)
 
 

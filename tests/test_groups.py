@@ -19,6 +19,7 @@ from launch.branches import shares
 from launch.config import LaunchConfig
 from launch.groups import FILES, command, launch_file, processes_of, strategy_of
 from tests.test_launch import ROOT, TINY, upcycle, weights
+from tests.test_ranks import free_port
 from upcycle.config import TrainConfig
 from upcycle.phases import check_ranks
 from upcycle.team import STRATEGIES, asked_strategy
@@ -277,6 +278,28 @@ def test_a_killed_rank_ends_the_group_and_the_next_start_goes_on(alone, tmp_path
     upcycle(*settings, cwd=undisturbed)
     ours, theirs = (artifact(there, "mix/bam") / "model.safetensors" for there in (where, undisturbed))
     assert ours.read_bytes() == theirs.read_bytes()
+
+
+@pytest.mark.slow
+def test_the_same_command_on_two_machines(alone, tmp_path):
+    """Two drivers here as those of two machines with a common file system."""
+    without(alone, tmp_path, "assemble/bam", "mix/bam", "branch/code")
+    settings = [
+        *WALK, *GROUP, "launch.config=zero2", "launch.machines=2", f"launch.main_address=127.0.0.1:{free_port()}", "~domains.cpp", "~branches.law", "~branches.math",
+        "~domains.programs",
+    ]  # fmt: skip
+    drivers = [
+        subprocess.Popen(
+            [sys.executable, "-m", "launch.cli", *settings, f"launch.machine_rank={rank}"],
+            cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    outputs = [driver.communicate(timeout=280)[0] for driver in drivers]
+    assert [driver.returncode for driver in drivers] == [0, 0], outputs
+    assert "mix/bam                  made in" in outputs[0] and "mix/bam " not in outputs[1]
+    ours, theirs = weights(tmp_path, "branch/code"), weights(alone, "branch/code")
+    assert all(abs(ours[key] - tensor).max() < 1e-3 for key, tensor in theirs.items())
 
 
 @pytest.mark.slow

@@ -62,5 +62,6 @@ def check_ranks(config: TrainConfig, ranks: int, where: str = "train") -> None:
     if config.batch_sequences % (ranks * config.micro_batch_sequences):
         raise ValueError(
             f"{where}.batch_sequences={config.batch_sequences} must be a multiple of ranks × "
-            f"micro_batch_sequences = {ranks} × {config.micro_batch_sequences}"
+            f"micro_batch_sequences = {ranks} × {config.micro_batch_sequences}; lower micro_batch_sequences, or take another "
+            "number of processes"
         )
