@@ -20,6 +20,7 @@ from launch.groups import child_environment, command, launch_file, processes_of,
 from upcycle.store import Artifact
 
 POLL_SECONDS, PLAIN_SECONDS = 0.5, 30.0
+TAIL_BYTES = 65_536  # of metrics.jsonl: more than two rows
 
 
 @dataclass
@@ -38,11 +39,12 @@ def waiting_branches(stage: Artifact, stages: list[Artifact]) -> list[Artifact]:
     return waiting if stage in waiting else []
 
 
-def shares(launch: LaunchConfig, parts: int) -> list[dict]:
-    """Equal shares of this machine: `gpus` (None without any), `cores` and `processes` of each.
+def shares(launch: LaunchConfig) -> list[dict]:
+    """Equal shares of this machine, one for each branch at a time: their `gpus` (None without any), `cores`, `processes`.
 
-    Raises ValueError: fewer devices or processes than parts.
+    Raises ValueError: fewer devices or processes than branches at a time.
     """
+    parts = launch.parallel_branches
     gpus, cores = visible_gpus(), sorted(os.sched_getaffinity(0))
     have, what = (gpus, "GPUs") if gpus else (cores, "cores")
     if len(have) < parts:
@@ -77,7 +79,7 @@ def make_side_by_side(
 
     Raises RuntimeError: some failed, after the others have ended.
     """
-    free = shares(launch, min(launch.parallel_branches, len(waiting)))
+    free = shares(launch)
     slots, left, running, failed = dict(enumerate(free)), list(waiting), [], []
     logs.mkdir(parents=True, exist_ok=True)
     live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
@@ -127,16 +129,17 @@ def _start(launch: LaunchConfig, arguments: list[str], stage: Artifact, number: 
     if launch.config is None:
         words = [sys.executable, "-m", "launch.pipeline", *settings, f"stage={stage.name}"]
     else:
-        part = LaunchConfig(**vars(launch) | {"processes": share["processes"], "parallel_branches": 1})
+        threads = launch.threads or max(1, len(share["cores"]) // share["processes"])
+        own = {"processes": share["processes"], "parallel_branches": 1, "threads": threads}
+        part = LaunchConfig(**vars(launch) | own)
         words = command(part, [*settings, f"launch.processes={share['processes']}"], stage.name)
     log = logs / f"{stage.name.replace('/', '-')}.log"
     stream: IO[str] = log.open("a")
-    cores = share["cores"]
     with stream:
         process = subprocess.Popen(
-            words, env=environment, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-            preexec_fn=lambda: os.sched_setaffinity(0, cores),
-        )  # fmt: skip
+            words, env=environment, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+        )
+    os.sched_setaffinity(process.pid, share["cores"])
     return _Job(stage, process, log, number)
 
 
@@ -159,9 +162,14 @@ def _last_line(log: Path) -> str:
 def _progress(stage: Artifact) -> str:
     """How far a branch is, from the last whole row of its metrics."""
     path, steps = stage.partial / "metrics.jsonl", stage.config["train"].steps
-    rows = [line for line in path.read_text().splitlines()[-2:] if line.endswith("}")] if path.is_file() else []
+    try:
+        with path.open("rb") as stream:
+            stream.seek(max(0, path.stat().st_size - TAIL_BYTES))
+            rows = [line for line in stream.read().decode(errors="replace").splitlines()[1:] if line.endswith("}")]
+    except OSError:  # not there yet, or there no more
+        rows = []
     if not rows:
-        return f"0/{steps}"
+        return f"of {steps} steps"
     row = json.loads(rows[-1])
     left = (steps - row["step"]) * stage.config["train"].batch_tokens / row["tokens_per_second"]
     return f"{row['step']}/{steps}  loss {row['loss']:.3f}  {row['tokens_per_second']:,.0f} tok/s  {left:.0f} s left"

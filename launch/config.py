@@ -65,6 +65,18 @@ class LaunchConfig:
             )
         if self.processes is not None and self.processes % self.machines:
             raise ValueError(f"processes={self.processes} is not a multiple of machines={self.machines}; make it one")
+        if self.config is None:
+            for name, unset in (("processes", None), ("machines", 1), ("offload", "none")):
+                if getattr(self, name) != unset:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)} has no effect without a group of processes; add launch=accelerate "
+                        "and launch.config, such as zero2"
+                    )
+        if self.machines > 1 and self.parallel_branches > 1:
+            raise ValueError(
+                f"parallel_branches={self.parallel_branches} divides one machine, and machines={self.machines} join theirs; "
+                "set one of them to 1"
+            )
         if (self.offload == "nvme") != (self.nvme_path is not None):
             raise ValueError(f"offload={self.offload} and nvme_path={self.nvme_path}: each needs the other; give both")
         return self

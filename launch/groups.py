@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,9 @@ def visible_gpus() -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; no torch."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
-        return [gpu for gpu in named.split(",") if gpu.strip()]
-    return [path.name.removeprefix("nvidia") for path in sorted(Path("/dev").glob("nvidia[0-9]*"))]
+        return [gpu.strip() for gpu in named.split(",") if gpu.strip() and not gpu.strip().startswith("-")]
+    # Devices' names are no indices: a container may have nvidia3 alone, which is its GPU 0.
+    return [str(number) for number, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
 
 
 def member(launch: LaunchConfig) -> Team:
@@ -102,12 +104,22 @@ def member(launch: LaunchConfig) -> Team:
         return ALONE
     if launch.config is None:
         return join()
-    return join(strategy_of(launch_file(launch)), launch.processes)
+    team = join(strategy_of(launch_file(launch)), launch.processes)
+    if launch.offload != "none":
+        zero = team.accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        given = zero.get("offload_optimizer", {}).get("device", "none")
+        if given != launch.offload:
+            raise ValueError(
+                f"launch.offload={launch.offload}, but the launcher gave DeepSpeed {given}; add --offload_optimizer_device "
+                f"{launch.offload} to accelerate launch"
+            )
+    return team
 
 
 def drives(launch: LaunchConfig) -> bool:
-    """Whether this process starts groups rather than being in one."""
-    return launch.config is not None and os.environ.get(STARTED) != "1" and not in_group()
+    """Whether this process starts others, groups or branches side by side, rather than being one of them."""
+    starts = launch.config is not None or launch.parallel_branches > 1
+    return starts and os.environ.get(STARTED) != "1" and not in_group()
 
 
 def command(launch: LaunchConfig, arguments: list[str], stage: str) -> list[str]:
@@ -153,10 +165,15 @@ def make_in_group(launch: LaunchConfig, arguments: list[str], stage: Artifact) -
     """
     process = subprocess.Popen(command(launch, arguments, stage.name), env=child_environment())
     try:
-        process.wait()
-    except KeyboardInterrupt:  # the group got the signal too, and must not outlive us
+        status = process.wait()
+    except BaseException:  # the group must not outlive us
+        process.terminate()
         process.wait()
         raise
+    patience = 10 if status == 0 else 0  # seconds in which another machine's renaming must show here
+    while patience and not stage.finished:
+        time.sleep(1)
+        patience -= 1
     if not stage.finished:
         raise RuntimeError(
             f"stage {stage.name}: its {processes_of(launch)} processes ended without finishing it (above is why); it is "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 import traceback
 import warnings
@@ -19,9 +20,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from launch.branches import make_side_by_side, waiting_branches
+from launch.branches import make_side_by_side, shares, waiting_branches
 from launch.config import Config, build, nearest
-from launch.groups import STARTED, command, drives, make_in_group, member, processes_of
+from launch.groups import STARTED, command, drives, make_in_group, member, processes_of, visible_gpus
 from launch.overrides import CONF, check_package, explained, own_arguments, rewritten, swept_keys
 from launch.plan import check_sources, check_texts, print_dry_run, print_plan, train_of
 from launch.recipes import Experiment, upcycle
@@ -30,7 +31,7 @@ from upcycle.durable import atomic_directory, write_json
 from upcycle.explain import explain
 from upcycle.phases import check_ranks
 from upcycle.store import RECORD, Artifact, Run, Store
-from upcycle.team import Team
+from upcycle.team import Team, in_group
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -67,6 +68,11 @@ def run(cfg: Config, out: Path) -> None:
     _prepare_environment()
     team = member(cfg.launch)
     console.quiet = not team.leads  # one voice for a group; errors come from whom they befall
+    _plan_or_make(cfg, out, team, console)
+    team.leave()
+
+
+def _plan_or_make(cfg: Config, out: Path, team: Team, console: Console) -> None:
     experiment = upcycle(cfg, Store(cfg.artifacts))
     if cfg.plan:
         print_plan(experiment, console)
@@ -86,14 +92,13 @@ def run(cfg: Config, out: Path) -> None:
     _check_group(cfg, team, stages)
     if os.environ.get(STARTED) == "1":  # one stage of a run that has a driver
         compute(cfg, experiment.store, stages, console, team)
-        team.leave()
         return
-    if team.leads:
+    leads = team.leads and cfg.launch.machine_rank == 0
+    if leads:
         check_sources(stages, console)
         write_manifest(cfg, experiment, out)  # first, so that `upcycle status` sees a run in progress
     compute(cfg, experiment.store, stages, console, team, out)
-    team.leave()
-    if not team.leads:
+    if not leads:
         return
     if experiment.report is not None and experiment.report.finished:
         show_report(experiment.report, out, console)
@@ -106,7 +111,7 @@ def run(cfg: Config, out: Path) -> None:
 def _prepare_environment() -> None:
     """What torch and others read when they are imported."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not Path("/dev/nvidia0").exists():
+    if not visible_gpus():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # where it is installed, deepspeed would announce its guess
     # GNU OpenMP's waiting threads spin for long by default, which made a step ten times slower beside another busy
     # process; this short a spin is as fast on an idle machine.
@@ -115,15 +120,17 @@ def _prepare_environment() -> None:
 
 def _check_group(cfg: Config, team: Team, stages: list[Artifact]) -> None:
     """Raises ValueError: settings of the launch that cannot be, or batches that its processes cannot share evenly."""
-    ranks = team.size
+    ranks, of_branch = team.size, team.size
     if drives(cfg.launch):
-        ranks = processes_of(cfg.launch)
-        command(cfg.launch, [], "")  # for what it raises
+        if cfg.launch.config is not None:
+            ranks = processes_of(cfg.launch)
+            command(cfg.launch, [], "")  # for what it raises
+        of_branch = shares(cfg.launch)[0]["processes"] if cfg.launch.parallel_branches > 1 else ranks
     for stage in stages:
         if (train := train_of(stage)) is not None and not stage.finished:
             kind, _, name = stage.name.partition("/")
             where = {"branch": f"branches.{name}.train", "mix": f"mixtures.{name}.train", "seed": "seed.train"}
-            check_ranks(train, ranks, where.get(kind, kind))
+            check_ranks(train, of_branch if kind == "branch" else ranks, where.get(kind, kind))
 
 
 def compute(
@@ -143,9 +150,10 @@ def compute(
             continue
         if "data" in stage.inputs:
             check_texts(stages)
-        if out is not None and cfg.launch.parallel_branches > 1 and (waiting := waiting_branches(stage, stages)):
+        driving = out is not None and drives(cfg.launch)
+        if driving and cfg.launch.parallel_branches > 1 and (waiting := waiting_branches(stage, stages)):
             make_side_by_side(cfg.launch, own_arguments(), waiting, out / "logs", console)
-        elif out is not None and stage.together and drives(cfg.launch):
+        elif driving and cfg.launch.config is not None and stage.together:
             make_in_group(cfg.launch, own_arguments(), stage)
         else:
             with tracker.stage(stage.name) as stage_run:
@@ -257,6 +265,10 @@ def show_report(report: Artifact, out: Path, console: Console) -> None:
 def main() -> None:
     """Run, and turn what a user can cause into one clear message and exit status 2."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through to here
+    if (
+        not in_group()
+    ):  # a driver takes what it has started with it; a rank may be inside a call that Python can't leave
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         sys.argv[1:] = rewritten(sys.argv[1:])
         compose()

@@ -17,7 +17,7 @@ import pytest
 
 from launch.branches import shares
 from launch.config import LaunchConfig
-from launch.groups import FILES, command, launch_file, processes_of, strategy_of
+from launch.groups import FILES, command, launch_file, processes_of, strategy_of, visible_gpus
 from tests.test_launch import ROOT, TINY, upcycle, weights
 from tests.test_ranks import free_port
 from upcycle.config import TrainConfig
@@ -94,10 +94,19 @@ def test_a_launch_that_cannot_be_is_refused(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"machines": 2}, "machines=2 need main_address=HOST:PORT"),
-        ({"machines": 2, "processes": 3, "main_address": "a:1"}, "processes=3 is not a multiple of machines=2"),
+        ({"config": "ddp", "machines": 2}, "machines=2 need main_address=HOST:PORT"),
+        (
+            {"config": "ddp", "machines": 2, "processes": 3, "main_address": "a:1"},
+            "processes=3 is not a multiple of machines=2",
+        ),
+        (
+            {"config": "ddp", "machines": 2, "processes": 2, "main_address": "a:1", "parallel_branches": 2},
+            "parallel_branches=2 divides one machine",
+        ),
         ({"machine_rank": 1}, "machine_rank=1 is not below machines=1"),
-        ({"offload": "nvme"}, "offload=nvme and nvme_path=None: each needs the other"),
+        ({"config": "zero3", "offload": "nvme"}, "offload=nvme and nvme_path=None: each needs the other"),
+        ({"processes": 8}, "processes=8 has no effect without a group of processes; add launch=accelerate"),
+        ({"offload": "cpu"}, "offload=cpu has no effect without a group"),
     ],
 )
 def test_a_contradiction_in_the_launch_settings(changes, message):
@@ -140,15 +149,17 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused():
 def test_branches_side_by_side_get_equal_shares_of_the_machine(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert [share["cores"] for share in shares(LaunchConfig(), 2)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert [share["cores"] for share in shares(LaunchConfig(parallel_branches=2))] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     with pytest.raises(ValueError, match=r"parallel_branches=9 exceeds the 8 cores of this machine; lower it to 8"):
-        shares(LaunchConfig(), 9)
+        shares(LaunchConfig(parallel_branches=9))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
-    found = shares(LaunchConfig(config="ddp"), 2)
+    found = shares(LaunchConfig(config="ddp", parallel_branches=2))
     assert [share["gpus"] for share in found] == [["4", "5"], ["6", "7"]]
     assert [share["processes"] for share in found] == [2, 2] and processes_of(LaunchConfig(config="ddp")) == 4
     with pytest.raises(ValueError, match=r"processes=4 cannot be divided among launch.parallel_branches=3"):
-        shares(LaunchConfig(config="ddp"), 3)
+        shares(LaunchConfig(config="ddp", parallel_branches=3))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert visible_gpus() == []
 
 
 # Real groups ---------------------------------------------------------------------------------------------------------

@@ -201,13 +201,12 @@ def test_the_engine_is_what_was_asked_for_and_its_state_is_partitioned(shop, str
     assert found["engine"] == ENGINES[strategy]
     assert found["zero_stage"] == (int(strategy[-1]) if strategy.startswith("zero") else None)
     (whole,) = single["optimizer_bytes"]
-    if strategy == "ddp":  # each rank reports what it writes of the state that all hold
-        assert sum(found["optimizer_bytes"]) == whole
+    if strategy == "ddp":
+        assert found["optimizer_bytes"] == [whole, whole]
         return
-    # The last phase trains no router, and its moments are not partitioned but kept aside; padding is a few elements.
+    assert whole <= sum(found["optimizer_bytes"])  # nothing is lost; DeepSpeed pads its buffers
     for share in found["optimizer_bytes"]:
-        assert share <= 0.6 * whole
-    assert sum(found["optimizer_bytes"]) == whole
+        assert share <= 0.55 * whole
 
 
 @pytest.mark.slow
@@ -290,9 +289,13 @@ def test_two_machines_train_what_one_process_trains(shop, name):
         launchers.append(
             subprocess.Popen(words, env=environment(), cwd=shop, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         )
-    for one in launchers:
-        _, errors = one.communicate(timeout=200)
-        assert one.returncode == 0, errors.decode()[-3000:]
+    try:
+        for one in launchers:
+            _, errors = one.communicate(timeout=200)
+            assert one.returncode == 0, errors.decode()[-3000:]
+    finally:
+        for one in launchers:
+            one.kill()
     assert largest_difference(rows(shop / name / "machines"), rows(shop / "single" / "btx")) <= 1e-4
 
 
@@ -320,11 +323,9 @@ def test_the_directory_is_the_same_whatever_trained_it(shop, strategy):
 
 @pytest.mark.slow
 def test_the_table_in_the_docs_is_what_ran():
-    """Of the whole file only: with a part of it there is nothing to compare."""
     claims = ("equal", "resumes", "reshards")
-    if len(shown) < len(STRATEGIES) * len(claims) and os.environ.get("UPCYCLE_WRITE_TABLES") != "1":
-        assert {strategy for strategy, _ in shown} != set(STRATEGIES), f"some claims did not hold: {shown}"
-        return
+    if {strategy for strategy, _ in shown} != set(STRATEGIES):
+        pytest.skip("the table is compared after all strategies have run")
     lines = ["| strategy | " + " | ".join(claims) + " |", "| --- | --- | --- | --- |"]
     for strategy in STRATEGIES:
         cells = ["yes" if shown.get((strategy, claim)) else "no" for claim in claims]

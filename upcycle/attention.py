@@ -93,6 +93,7 @@ class GatedOutput(nn.Module):
 def copied(module: nn.Module) -> nn.Module:
     """A copy with weights of its own, also where ZeRO-3 has partitioned the weights while the module was built."""
     twin = copy.deepcopy(module)
+    parameter: Any
     for name, parameter in module.named_parameters():
         if hasattr(parameter, "ds_shape"):  # the partition alone is no tensor that could be loaded
             own = nn.Parameter(torch.empty(parameter.ds_shape, dtype=parameter.dtype))

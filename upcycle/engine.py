@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol
 
@@ -50,6 +50,7 @@ Ranges = list[tuple[int, int]]  # [start, stop) in the flattened tensor, in the 
 def cut(name: str, key: str, local: Tensor, ranges: Ranges) -> Iterator[Part]:
     """What a rank holds of a tensor, range by range. local: at least as many elements as the ranges, in their order."""
     offset, flat = 0, local.detach().flatten()
+    assert flat.numel() >= sum(stop - start for start, stop in ranges), f"{name}: {key} is not all here"
     for start, stop in ranges:
         yield Part(name, key, start, flat[offset : offset + stop - start])
         offset += stop - start
@@ -73,12 +74,12 @@ class PlainEngine:
         from accelerate import Accelerator
 
         self.accelerator: Any = team.accelerator or Accelerator(mixed_precision="no")
-        self.objective, self.config, self.team = objective.to(self.accelerator.device), config, team
+        self.objective, self.config, self.team = objective, config, team
         self.model = objective.model
         self._prepare()
 
     def _prepare(self) -> None:
-        self.module: Any = self.objective
+        self.module: Any = self.objective.to(self.accelerator.device)
         self.optimizer: Any = build_optimizer(self.model, self.config)
 
     # One step --------------------------------------------------------------------------------------------------------
@@ -88,14 +89,14 @@ class PlainEngine:
         set_trainable(self.model, phase)
         if saved is not None:
             self._restore_moments(saved)
-        if self.team.strategy == "ddp":  # its buckets are made for what trains when it wraps
+        if self.team.size > 1:  # DDP's buckets are made for what trains when it wraps
             self.module = None
             gc.collect()  # the earlier wrapper takes its hooks off the parameters when it goes
             with warnings.catch_warnings():  # torch would have `broadcast_buffers` renamed, which accelerate can't yet
                 warnings.simplefilter("ignore", FutureWarning)
                 self.module = self.accelerator.prepare_model(self.objective)
             self.accelerator._models.clear()
-            if self.team.size > 1 and not isinstance(self.module, nn.parallel.DistributedDataParallel):
+            if not isinstance(self.module, nn.parallel.DistributedDataParallel):
                 raise RuntimeError(f"ddp was asked for, but Accelerate prepared a {type(self.module).__name__}")
 
     def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
@@ -103,7 +104,7 @@ class PlainEngine:
 
     def micro_batch(self, last: bool) -> Any:
         """The context for the forward and backward of one micro-batch; only the last one exchanges gradients."""
-        return nullcontext() if last or self.team.strategy != "ddp" else self.module.no_sync()
+        return nullcontext() if last or self.team.size == 1 else self.module.no_sync()
 
     def backward(self, loss: Tensor, last: bool) -> None:
         (loss * self.team.size).backward()
@@ -124,11 +125,11 @@ class PlainEngine:
 
     def _router_norm(self) -> Tensor:
         squares = [
-            whole(parameter.grad.square().sum())
+            parameter.grad.square().sum()
             for name, parameter in self.model.named_parameters()
             if group_of(name) == "router" and parameter.grad is not None
         ]
-        return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
+        return whole(torch.stack(squares).sum()).sqrt() if squares else torch.zeros(())
 
     # The state -------------------------------------------------------------------------------------------------------
 
@@ -156,7 +157,7 @@ class PlainEngine:
         self.optimizer.state.clear()
         for name, parameter in self.model.named_parameters():
             if steps := saved.steps_of(name):
-                state = {STEP: torch.tensor(steps)}
+                state = {STEP: torch.tensor(steps, device=parameter.device)}  # where the fused update wants it
                 for key in MOMENTS:
                     state[key] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
                     self._fill(state[key], parameter, lambda start, stop, at=(name, key): saved.read(*at, start, stop))
@@ -171,13 +172,24 @@ class PlainEngine:
             yield name, parameter.detach()
 
     def optimizer_bytes(self) -> int:
-        """Of the moments that this rank holds."""
-        return sum(part.values.numel() * part.values.element_size() for part in self.moments() if part.key in MOMENTS)
+        """Of the moments that this rank holds, padding included."""
+        return bytes_of(value for state in self.optimizer.state.values() for value in state.values())
 
     def close(self) -> None:
         """Let go of everything that later stages of this process must not find."""
         self.module = None
         gc.collect()
+
+
+def bytes_of(tensors: Iterable[Any]) -> int:
+    """What this rank holds of tensors, counts of steps left out."""
+    local = [local_of(tensor) for tensor in tensors if tensor.dim()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in local)
+
+
+def local_of(tensor: Any) -> Tensor:
+    """What this rank holds of a tensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def whole(value: Any) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from upcycle.engine import MOMENTS, WEIGHT, Part, PlainEngine, Ranges, Saved, cut, fill
+from upcycle.engine import MOMENTS, WEIGHT, Part, PlainEngine, Ranges, Saved, cut, fill, local_of
 from upcycle.families import family_of
 from upcycle.modeling import UpcycledForCausalLM
 from upcycle.optim import build_optimizer
@@ -80,11 +80,6 @@ class ShardedEngine(PlainEngine):
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.model.named_parameters():
             yield name, parameter.detach().full_tensor()  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def local_of(tensor: Any) -> Tensor:
-    """What this rank holds of a tensor."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:

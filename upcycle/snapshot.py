@@ -38,6 +38,7 @@ def save_snapshot(root: Path, step: int, engine: PlainEngine, keep: int) -> None
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     team.wait()
+    partial.mkdir(parents=True, exist_ok=True)  # a file system of several machines may show it late
     files = {"model": _named(engine.weights()), "optimizer": _named(engine.moments()), "rng": _random_states()}
     hashes = {}
     for kind, tensors in files.items():
@@ -56,7 +57,7 @@ def save_snapshot(root: Path, step: int, engine: PlainEngine, keep: int) -> None
 
 
 def _named(parts: Iterable[Part]) -> dict[str, Tensor]:
-    return {f"{part.name}|{part.key}|{part.start}": part.values.contiguous() for part in parts}
+    return {f"{part.name}|{part.key}|{part.start}": part.values.cpu().contiguous() for part in parts}
 
 
 def _random_states() -> dict[str, Tensor]:

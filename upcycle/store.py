@@ -138,8 +138,14 @@ class Store:
     def make(self, artifact: Artifact, run: Run) -> bool:
         """Compute an artifact unless it is finished; True if this call computed it. Every rank of run.team calls it.
 
-        Raises ValueError: an input is missing.
+        Raises ValueError: an input is missing; the processes of the group were started with different settings.
         """
+        if len(keys := set(run.team.gather((artifact.name, artifact.key[:8])))) > 1:
+            shown = ", ".join(f"{name} {key}" for name, key in sorted(keys))
+            raise ValueError(
+                f"the processes of this group are to make different things ({shown}), expected one; start each with the same "
+                "settings"
+            )
         if run.team.share(artifact.finished):
             if run.team.leads:
                 _drop_snapshots(artifact)  # left by a crash right after the renaming

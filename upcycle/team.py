@@ -69,7 +69,7 @@ class Team:
 
     def leave(self) -> None:
         """Take the group apart, when every rank is done: threads of it that outlive Python abort the process."""
-        if self.group is not None:
+        if self.accelerator is not None:
             import torch.distributed as dist
 
             self.wait()
@@ -164,15 +164,25 @@ def _accelerator(asked: str) -> Any:
         handlers.append(InitProcessGroupKwargs(backend="gloo"))
     if asked.startswith("zero"):
         # Not cpu=True, which turns DeepSpeed off without a word.
-        accelerator = Accelerator(kwargs_handlers=handlers, mixed_precision="no")
+        accelerator: Any = Accelerator(kwargs_handlers=handlers, mixed_precision="no")
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+        _check_precision(accelerator.deepspeed_plugin.deepspeed_config)
         unset_hf_deepspeed_config()  # else every model built here would be partitioned (zero.partitioned_loading)
         return accelerator
     # Sharding is ours (sharded.py), on the parameters of the whole objective: Accelerate's would be a second one, and does
     # not exist without a GPU. Its part here is the process group.
     os.environ.pop("ACCELERATE_USE_FSDP", None)
     return Accelerator(cpu=on_cpu, kwargs_handlers=handlers, mixed_precision="no")
+
+
+def _check_precision(deepspeed_config: Mapping[str, Any]) -> None:
+    for name in ("bf16", "fp16"):
+        if deepspeed_config.get(name, {}).get("enabled") in (True, "true"):
+            raise ValueError(
+                f"DeepSpeed's {name}.enabled=true would turn all weights, the routers' too, into {name}; leave it out: "
+                "train.precision=bf16 computes in bf16 with fp32 weights"
+            )
 
 
 def _check_type(asked: str, accelerator: Any) -> None:

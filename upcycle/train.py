@@ -100,7 +100,6 @@ class Loop:
     def __post_init__(self):
         self.phases, self.team = plan_phases(self.config), self.engine.team
         self.device = self.engine.accelerator.device
-        check_ranks(self.config, self.team.size)
 
     def begin(self, step: int, saved: Snapshot | None) -> None:
         """Start, or go on with, the phase that `step` belongs to."""
@@ -229,7 +228,7 @@ def _run_steps(
 def _handed_over(loop: Loop, step: int, out: Path, run: Run) -> Snapshot:
     """The present state as a snapshot, for an engine that starts anew with every phase."""
     root = out / "checkpoints"
-    if not (root / f"step-{step:08d}").is_dir():
+    if not run.team.share((root / f"step-{step:08d}").is_dir()):
         save_snapshot(root, step, loop.engine, run.keep_checkpoints)
     found = newest_snapshot(root, run.team, run.say)
     assert found is not None and found.step == step

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from upcycle.config import PhaseConfig
-from upcycle.engine import MOMENTS, STEP, WEIGHT, Part, PlainEngine, Ranges, Saved, check_finite, cut, fill
+from upcycle.engine import MOMENTS, STEP, WEIGHT, Part, PlainEngine, Ranges, Saved, bytes_of, check_finite, cut, fill
 from upcycle.modeling import StackedExperts
 from upcycle.optim import build_optimizer, group_of, set_learning_rate, set_trainable
 from upcycle.team import Team
@@ -131,14 +131,12 @@ class ZeroEngine(PlainEngine):
         if self.stage < 3:
             yield from super().weights()
             return
-        for name, parameter in self.model.named_parameters():
-            yield from cut(name, WEIGHT, self._zero3_weights(parameter), self._zero3_ranges(parameter))
-
-    def _zero3_weights(self, parameter: Any) -> Tensor:
-        """This rank's part; DeepSpeed may have put it on a disk."""
-        if parameter.requires_grad and self.engine is not None:
-            return parameter._z3_optimizer.get_local_fp32_param(parameter)
-        return parameter.ds_tensor
+        for name, ranges, flat, inside in self._held():
+            yield from cut(name, WEIGHT, self._own(flat[inside]), ranges)
+        frozen = [(name, parameter) for name, parameter in self.model.named_parameters() if not parameter.requires_grad]
+        parameter: Any
+        for name, parameter in frozen:
+            yield from cut(name, WEIGHT, parameter.ds_tensor, self._zero3_ranges(parameter))
 
     @torch.no_grad()
     def load_weights(self, saved: Saved) -> None:
@@ -150,13 +148,20 @@ class ZeroEngine(PlainEngine):
                 parameter.copy_(saved.read(name, WEIGHT, 0, parameter.numel()).view_as(parameter))
 
     def _held(self) -> Iterator[tuple[str, Ranges, Tensor, slice]]:
-        """Each trained parameter of which this rank updates a part: the part's ranges, and the flat buffer it lies in."""
-        optimizer = self.engine.optimizer
+        """Each trained parameter of which this rank updates a part: the part's ranges, and the flat buffer it lies in.
+
+        A buffer that DeepSpeed keeps on a disk is in memory until the next one is asked for.
+        """
+        optimizer, present = self.engine.optimizer, None
         for name, parameter in self.model.named_parameters():
             if not parameter.requires_grad:
                 continue
             if self.stage == 3:
                 group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+                if group != present:
+                    self._to_disk(present)
+                    self._to_memory(group)
+                    present = group
                 flat, ranges = optimizer.fp32_partitioned_groups_flat[group], self._zero3_ranges(parameter)
             elif parameter._hp_mapping is None:  # wholly another rank's
                 continue
@@ -165,15 +170,30 @@ class ZeroEngine(PlainEngine):
                 flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
                 start, length = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
                 ranges, offset = [(start, start + length)], mapping.hp_fragment_address.start
-
             if ranges:
                 yield name, ranges, flat, slice(offset, offset + length)
+        self._to_disk(present)
+
+    def _on_disk(self, group: int | None) -> bool:
+        return group is not None and self.engine.optimizer._swappable_optimizer_subgroup(group)
+
+    def _to_memory(self, group: int | None) -> None:
+        if self._on_disk(group):
+            self.engine.optimizer._optimizer_states_and_gradient_swap_in(group)
+
+    def _to_disk(self, group: int | None) -> None:
+        if self._on_disk(group):
+            self.engine.optimizer._optimizer_states_and_gradient_swap_out(group)
+
+    def _own(self, part: Tensor) -> Tensor:
+        """A part that outlives the buffer it is a view of, where buffers go back to a disk."""
+        return part.clone() if self.stage == 3 and self.engine.optimizer.swap_optimizer else part
 
     def moments(self) -> Iterator[Part]:
         for name, ranges, flat, inside in self._held():
             if state := self.optimizer.state.get(flat):
                 for key in MOMENTS:
-                    yield from cut(name, key, state[key][inside], ranges)
+                    yield from cut(name, key, self._own(state[key][inside]), ranges)
                 if ranges[0][0] == 0:
                     yield Part(name, STEP, 0, state[STEP].reshape(1).clone())  # of the whole buffer
         yield from self.parked
@@ -190,7 +210,8 @@ class ZeroEngine(PlainEngine):
                 continue
             state = self.optimizer.state[flat]  # a defaultdict
             if not state:
-                state |= {STEP: torch.tensor(count)} | {key: torch.zeros_like(flat) for key in MOMENTS}
+                state[STEP] = torch.tensor(count, device=flat.device)  # where the fused update wants it
+                state |= {key: torch.zeros_like(flat) for key in MOMENTS}
             for key in MOMENTS:
                 fill(state[key][inside], ranges, lambda start, stop, at=(name, key): saved.read(*at, start, stop))
 
@@ -203,6 +224,9 @@ class ZeroEngine(PlainEngine):
         for name, parameter in self.model.named_parameters():
             with GatheredParameters([parameter]):
                 yield name, parameter.detach()
+
+    def optimizer_bytes(self) -> int:
+        return super().optimizer_bytes() + bytes_of(part.values for part in self.parked if part.key in MOMENTS)
 
     def close(self) -> None:
         if self.engine is not None:
