@@ -89,7 +89,7 @@ class PlainEngine:
         set_trainable(self.model, phase)
         if saved is not None:
             self._restore_moments(saved)
-        if self.team.size > 1:  # DDP's buckets are made for what trains when it wraps
+        if self._wrapped():  # its buckets are made for what trains when it wraps
             self.module = None
             gc.collect()  # the earlier wrapper takes its hooks off the parameters when it goes
             with warnings.catch_warnings():  # torch would have `broadcast_buffers` renamed, which accelerate can't yet
@@ -99,12 +99,16 @@ class PlainEngine:
             if not isinstance(self.module, nn.parallel.DistributedDataParallel):
                 raise RuntimeError(f"ddp was asked for, but Accelerate prepared a {type(self.module).__name__}")
 
+    def _wrapped(self) -> bool:
+        """Whether PyTorch's DDP averages the gradients; it has nothing to do in a group of one."""
+        return self.team.strategy == "ddp" and self.team.size > 1
+
     def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
         return self.module(*inputs)
 
     def micro_batch(self, last: bool) -> Any:
         """The context for the forward and backward of one micro-batch; only the last one exchanges gradients."""
-        return nullcontext() if last or self.team.size == 1 else self.module.no_sync()
+        return self.module.no_sync() if self._wrapped() and not last else nullcontext()
 
     def backward(self, loss: Tensor, last: bool) -> None:
         (loss * self.team.size).backward()
