@@ -140,6 +140,8 @@ def join(strategy: str | None = None, processes: int | None = None) -> Team:
         return ALONE
     accelerator = _accelerator(asked)
     _check_type(asked, accelerator)
+    if asked.startswith("zero"):
+        _check_precision(accelerator.deepspeed_plugin.deepspeed_config)
     size = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != size:
         raise ValueError(
@@ -167,7 +169,6 @@ def _accelerator(asked: str) -> Any:
         accelerator: Any = Accelerator(kwargs_handlers=handlers, mixed_precision="no")
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-        _check_precision(accelerator.deepspeed_plugin.deepspeed_config)
         unset_hf_deepspeed_config()  # else every model built here would be partitioned (zero.partitioned_loading)
         return accelerator
     # Sharding is ours (sharded.py), on the parameters of the whole objective: Accelerate's would be a second one, and does
