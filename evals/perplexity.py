@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from evals.routing import RoutingCounter, in_turn
@@ -24,6 +24,7 @@ from upcycle.families import language_model_head
 from upcycle.losses import IGNORED, token_nats
 from upcycle.modeling import UpcycledForCausalLM
 from upcycle.routing import RoutingTrace
+from upcycle.sharded import sharded
 from upcycle.team import ALONE, Team
 
 
@@ -44,6 +45,24 @@ class Scored:
         }
 
 
+class Scorer(nn.Module):
+    """A model and the cross-entropy of its predictions, token by token."""
+
+    def __init__(self, model: PreTrainedModel, precision: str, device: torch.device):
+        super().__init__()
+        self.model, self.precision, self.device = model, precision, device
+
+    def forward(self, inputs_BS: Tensor, labels_BS: Tensor) -> tuple[Tensor, RoutingTrace | None]:
+        """(B, S) nats of every label, 0 where IGNORED; what a mixture's routers decided."""
+        inputs_BS, labels_BS = inputs_BS.to(self.device), labels_BS.to(self.device)
+        trace = RoutingTrace(inputs_BS) if isinstance(self.model, UpcycledForCausalLM) else None
+        extra = {"trace": trace} if trace else {}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            hidden = self.model.base_model(input_ids=inputs_BS, use_cache=False, **extra).last_hidden_state
+            nats = token_nats(hidden.flatten(0, 1), language_model_head(self.model), labels_BS.flatten())
+        return nats.view_as(labels_BS), trace
+
+
 def windows(tokens: np.ndarray, sequence_length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(inputs, labels) of S tokens each, labels[i] following inputs[i]; the last pair is padded, labels with IGNORED."""
     for start in range(0, len(tokens) - 1, sequence_length):
@@ -62,7 +81,7 @@ def whole_documents(array: TokenArray, max_tokens: int | None) -> int:
 
 @torch.no_grad()
 def score_domain(
-    model: PreTrainedModel,
+    scorer: Scorer,
     array: TokenArray,
     config: EvalConfig,
     counter: RoutingCounter | None,
@@ -78,9 +97,15 @@ def score_domain(
     pairs = list(windows(tokens, config.sequence_length))
     nats = []
     size = config.batch_sequences
-    for start in range(team.rank * size, len(pairs), team.size * size):
-        inputs, labels = (torch.from_numpy(np.stack(side)) for side in zip(*pairs[start : start + size], strict=True))
-        nats.append(_window_nats(model, inputs, labels, config.precision, counter).double().flatten().numpy())
+    for turn in range(0, len(pairs), team.size * size):
+        mine = pairs[turn + team.rank * size :][:size]
+        # Ranks that hold parts of the weights need one another in every turn, also where one has no batch left.
+        inputs, labels = (torch.from_numpy(np.stack(side)) for side in zip(*(mine or pairs[:1]), strict=True))
+        scored, trace = scorer(inputs, labels)
+        if mine:
+            nats.append(scored.double().flatten().cpu().numpy())
+            if counter is not None:
+                counter.add(trace, (labels != IGNORED).to(scored.device))
         advance(team.size * inputs.numel())
     nats = in_turn(team.gather(nats))
     if counter is not None:
@@ -91,31 +116,20 @@ def score_domain(
     return Scored(np.add.reduceat(per_token, starts), predicted, np.asarray(array.bytes[:documents]))
 
 
-def _window_nats(
-    model: PreTrainedModel, inputs_BS: Tensor, labels_BS: Tensor, precision: str, counter: RoutingCounter | None
-) -> Tensor:
-    """(B, S) nats of every label, 0 where IGNORED."""
-    device = next(model.parameters()).device
-    inputs_BS, labels_BS = inputs_BS.to(device), labels_BS.to(device)
-    upcycled = isinstance(model, UpcycledForCausalLM)
-    trace = RoutingTrace(inputs_BS) if upcycled else None
-    extra = {"trace": trace} if upcycled else {}
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        hidden = model.base_model(input_ids=inputs_BS, use_cache=False, **extra).last_hidden_state
-        nats = token_nats(hidden.flatten(0, 1), language_model_head(model), labels_BS.flatten())
-    if counter is not None and trace is not None:
-        counter.add(trace, labels_BS != IGNORED)
-    return nats.view_as(labels_BS).cpu()
-
-
 def evaluate(
     model: PreTrainedModel, data: dict[str, Path], config: EvalConfig, advance: Callable, team: Team = ALONE
 ) -> tuple[dict, dict]:
     """(`evaluation.json` as a dict, arrays for `documents.npz`) of one model over all domains, on every rank of `team`.
 
+    Under a strategy that cuts weights (fsdp2, zero3) the model is cut over the ranks here too.
+
     Raises ValueError: a domain without that split.
     """
-    model.eval()
+    scorer = Scorer(model.eval(), config.precision, team.device)
+    if team.strategy in ("fsdp2", "zero3"):
+        sharded(scorer, model, team)
+    else:
+        scorer.to(team.device)
     arrays = {name: TokenArray(path, config.split) for name, path in sorted(data.items())}
     total = sum(int(array.offsets[whole_documents(array, config.max_tokens)]) for array in arrays.values())
     done, summaries, documents = 0, {}, {}
@@ -131,7 +145,7 @@ def evaluate(
             tokens = int(array.offsets[whole_documents(array, config.max_tokens)])
             starts = np.arange(0, tokens - 1, config.sequence_length)
             counter.start(name, np.searchsorted(array.offsets, starts, side="right") - 1)
-        scored = score_domain(model, array, config, counter, tick, team)
+        scored = score_domain(scorer, array, config, counter, tick, team)
         summaries[name] = scored.summary()
         documents |= {f"{name}.nats": scored.nats, f"{name}.tokens": scored.tokens, f"{name}.bytes": scored.bytes}
     result = {

@@ -21,7 +21,7 @@ def evaluate_model(config: EvalConfig, *, out: Path, run: Run, model: Path, data
     import upcycle.modeling  # noqa: F401  (registers the mixture's classes)
     from evals.perplexity import evaluate
 
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(run.team.device)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     result, documents = evaluate(loaded, data, config, run.advance, run.team)
     if not run.team.leads:
         return

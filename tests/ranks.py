@@ -52,6 +52,8 @@ def run_job(job: dict, team: Team = ALONE) -> None:
     def advance(done: int, total: int, **_figures) -> None:
         if done == job.get("stop"):
             raise Killed
+        if {"rank": team.rank, "step": done} == job.get("fails"):
+            raise ValueError(f"rank {team.rank} fails here")
 
     run = Run(said.append, advance, checkpoint_seconds=None, checkpoint_steps=job.get("checkpoint_steps"), team=team)
     config = TypeAdapter(TrainConfig).validate_python(job["train"])

@@ -234,6 +234,33 @@ def test_accelerate_launch_by_hand_from_any_directory(alone, tmp_path):
     assert ours.read_bytes() == theirs.read_bytes()  # routing is none of a dense model's; see below for a mixture's
 
 
+@pytest.fixture(scope="module")
+def evaluated(alone, tmp_path_factory) -> Path:
+    """The mixture evaluated by one process with as many threads as a rank has: sums of fp32 depend on it."""
+    where = without(alone, tmp_path_factory.mktemp("evaluated"))
+    upcycle(*WALK, "stage=eval/bam", "launch.threads=1", cwd=where)
+    return where
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["ddp", "fsdp2", "zero3"])
+def test_a_mixture_is_evaluated_to_the_byte_on_two_ranks(alone, evaluated, tmp_path, config):
+    """Also where each rank holds a part of the weights."""
+    without(alone, tmp_path)
+    done = accelerate(config, "-m", "launch.pipeline", *WALK, "stage=eval/bam", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours, theirs = (artifact(where, "eval/bam") for where in (tmp_path, evaluated))
+    assert (ours / "evaluation.json").read_bytes() == (theirs / "evaluation.json").read_bytes()
+    one, other = np.load(ours / "documents.npz"), np.load(theirs / "documents.npz")
+    assert all(np.array_equal(one[key], other[key]) for key in other.files)
+
+
+@pytest.mark.slow
+def test_a_plan_in_a_group_is_told_once(tmp_path):
+    done = accelerate("ddp", "-m", "launch.pipeline", *WALK, "plan=true", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.count("stages done") == 1, done.stderr[-2000:]
+
+
 @pytest.mark.slow
 def test_one_group_can_make_every_stage(alone, tmp_path):
     """Without `stage=`: the first process makes what needs no group, the others wait for it."""

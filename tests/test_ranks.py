@@ -133,11 +133,11 @@ def launcher(config: str, processes: int, options: list[str], file: Path) -> lis
     ]  # fmt: skip
 
 
-def launch(jobs: list[dict], root: Path, strategy: str, options: list[str] | None = None) -> None:
+def launch(jobs: list[dict], root: Path, strategy: str, options: list[str] | None = None, processes: int = 2) -> None:
     """Two processes do the jobs."""
     file = root / f"{strategy}-{len(list(root.glob('*.json')))}.json"
     file.write_text(json.dumps(jobs))
-    words = launcher(strategy, 2, options or [], file)
+    words = launcher(strategy, processes, options or [], file)
     done = subprocess.run(words, env=environment(), cwd=root, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
 
@@ -273,6 +273,23 @@ def test_offloaded_state_trains_the_same(shop, stage):
     launch([one | {"stop": 8}, one], shop, f"zero{stage}", options=options)
     assert largest_difference(rows(shop / f"zero{stage}" / "offloaded"), rows(shop / "single" / "bam")) <= 1e-4
     assert facts(shop / f"zero{stage}" / "offloaded")["said"] == ["going on from step 6 of 20"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", "zero2", "fsdp2"])
+def test_a_group_of_one_is_one_process(shop, name):
+    launch([job(shop, "one", name, "btx")], shop, name, processes=1)
+    assert largest_difference(rows(shop / name / "one"), rows(shop / "single" / "btx")) <= 1e-5
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_ends_the_others(shop):
+    """While these wait in an exchange for it, with the error said."""
+    with pytest.raises(AssertionError, match="rank 1 fails here"):
+        launch([job(shop, "failing", "zero2", "btx", fails={"rank": 1, "step": 3})], shop, "zero2")
+    assert (
+        len(rows(shop / "zero2" / "failing")) == 3 and not (shop / "zero2" / "failing" / "model.safetensors").exists()
+    )
 
 
 @pytest.mark.slow

@@ -11,6 +11,30 @@ from upcycle.engine import MOMENTS, WEIGHT, Part, PlainEngine, Ranges, Saved, cu
 from upcycle.families import family_of
 from upcycle.modeling import UpcycledForCausalLM
 from upcycle.optim import build_optimizer
+from upcycle.team import Team
+
+
+def sharded(root: nn.Module, model: nn.Module, team: Team) -> Any:
+    """Cut the weights of `root` over the team, in place: each decoder layer of `model` in it, and the rest; the mesh.
+
+    `root` is what is called; every rank must call it equally often.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard
+
+    def placement(parameter: nn.Parameter) -> Shard:
+        shape = parameter.shape
+        if parameter.dim() < 3 or shape[0] % team.size == 0:
+            return Shard(0)
+        even = [dim for dim in range(1, parameter.dim()) if shape[dim] % team.size == 0]  # FSDP2 wants that past dim 0
+        return Shard(even[0] if even else 0)
+
+    mesh = init_device_mesh(team.device.type, (team.size,))
+    for layer in decoder_layers(model):
+        fully_shard(layer, mesh=mesh, shard_placement_fn=placement)
+    fully_shard(root, mesh=mesh, shard_placement_fn=placement)
+    return mesh
 
 
 class ShardedEngine(PlainEngine):
@@ -22,26 +46,9 @@ class ShardedEngine(PlainEngine):
     """
 
     def _prepare(self) -> None:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import FSDPModule, fully_shard
-
-        self.mesh = init_device_mesh(self.accelerator.device.type, (self.team.size,))
-        options: dict[str, Any] = {"mesh": self.mesh, "shard_placement_fn": self._placement}
-        for layer in decoder_layers(self.model):
-            fully_shard(layer, **options)
-        self.module = fully_shard(self.objective, **options)
-        if not isinstance(self.module, FSDPModule):
-            raise RuntimeError(f"fsdp2 was asked for, but the objective is a {type(self.module).__name__}")
+        self.mesh = sharded(self.objective, self.model, self.team)
+        self.module = self.objective
         self.optimizer = build_optimizer(self.model, self.config)
-
-    def _placement(self, parameter: nn.Parameter) -> Any:
-        from torch.distributed.tensor import Shard
-
-        size, shape = self.team.size, parameter.shape
-        if parameter.dim() < 3 or shape[0] % size == 0:
-            return Shard(0)
-        even = [dim for dim in range(1, parameter.dim()) if shape[dim] % size == 0]  # FSDP2 wants that past dim 0
-        return Shard(even[0] if even else 0)
 
     def _ranges(self, parameter: Any) -> Ranges:
         """Where this rank's part lies in the flattened whole: one range, or one for each index before the cut dim."""
