@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,8 @@ def member(launch: LaunchConfig) -> Team:
     if not (started or in_group()):
         return ALONE
     if launch.config is None:
-        return join()
-    team = join(strategy_of(launch_file(launch)), launch.processes)
+        return _joined(None, None)
+    team = _joined(strategy_of(launch_file(launch)), launch.processes)
     if launch.offload != "none":
         zero = team.accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]
         given = zero.get("offload_optimizer", {}).get("device", "none")
@@ -114,6 +115,12 @@ def member(launch: LaunchConfig) -> Team:
                 f"{launch.offload} to accelerate launch"
             )
     return team
+
+
+@cache
+def _joined(strategy: str | None, processes: int | None) -> Team:
+    """Once a process: the runs of a sweep share the group."""
+    return join(strategy, processes)
 
 
 def drives(launch: LaunchConfig) -> bool:
@@ -184,10 +191,13 @@ def make_in_group(launch: LaunchConfig, arguments: list[str], stage: Artifact) -
 def main() -> None:
     """`accelerate launch`, with one line in place of two tracebacks when a process of the group fails."""
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     try:
         launch_command(launch_command_parser().parse_args())
+    except SignalException as stop:  # whoever sent it to us knows; the processes are stopped by now
+        sys.exit(128 + int(stop.sigval))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code: Any = failure.exitcode

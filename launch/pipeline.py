@@ -31,7 +31,7 @@ from upcycle.durable import atomic_directory, write_json
 from upcycle.explain import explain
 from upcycle.phases import check_ranks
 from upcycle.store import RECORD, Artifact, Run, Store
-from upcycle.team import Team, in_group
+from upcycle.team import Team, in_group, leave
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -45,7 +45,8 @@ def compose(raw: DictConfig) -> None:
         plain: Any = OmegaConf.to_container(raw, resolve=True, throw_on_missing=True)
         run(build(plain), Path(HydraConfig.get().runtime.output_dir))
     except KeyboardInterrupt:
-        print("\nupcycle: stopped; the same command goes on from there", file=sys.stderr)
+        if os.environ.get(STARTED) != "1" and os.environ.get("RANK", "0") == "0":  # a group's driver says it, once
+            print("\nupcycle: stopped; the same command goes on from there", file=sys.stderr)
         sys.exit(130)
     except Exception as error:  # a user wants a line, and says so when they want the frames
         if os.environ.get("UPCYCLE_TRACEBACK"):
@@ -69,7 +70,6 @@ def run(cfg: Config, out: Path) -> None:
     team = member(cfg.launch)
     console.quiet = not team.leads  # one voice for a group; errors come from whom they befall
     _plan_or_make(cfg, out, team, console)
-    team.leave()
 
 
 def _plan_or_make(cfg: Config, out: Path, team: Team, console: Console) -> None:
@@ -272,6 +272,7 @@ def main() -> None:
     try:
         sys.argv[1:] = rewritten(sys.argv[1:])
         compose()
+        leave()
     except Exception as error:  # a settings file may also be no YAML at all
         if os.environ.get("UPCYCLE_TRACEBACK"):
             raise

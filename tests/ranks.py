@@ -25,7 +25,7 @@ import upcycle.modeling  # noqa: F401  (registers the mixture's classes)
 from upcycle.config import TrainConfig
 from upcycle.engine import PlainEngine
 from upcycle.store import Run
-from upcycle.team import ALONE, Team, join
+from upcycle.team import ALONE, Team, join, leave
 from upcycle.train import train, write_trained
 from upcycle.zero import partitioned_loading
 
@@ -110,7 +110,7 @@ def main() -> None:
     team = join()
     for job in json.loads(Path(sys.argv[1]).read_text()):
         run_job(job, team)
-    team.leave()
+    leave()
 
 
 if __name__ == "__main__":

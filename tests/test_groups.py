@@ -262,6 +262,15 @@ def test_a_plan_in_a_group_is_told_once(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_sweep_in_a_group(alone, tmp_path):
+    without(alone, tmp_path, "mix/bam")
+    done = accelerate("ddp", "-m", "launch.pipeline", *WALK, "-m", "mix.lr=1e-3,2e-3", "stage=mix/bam", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("mix/bam                  made in") == 2
+    assert len(list(tmp_path.glob("artifacts/mix-bam-*"))) == 2
+
+
+@pytest.mark.slow
 def test_one_group_can_make_every_stage(alone, tmp_path):
     """Without `stage=`: the first process makes what needs no group, the others wait for it."""
     without(alone, tmp_path, "assemble/bam", "mix/bam")

@@ -67,16 +67,19 @@ class Team:
         """Until every rank is here."""
         self.gather(None)
 
-    def leave(self) -> None:
-        """Take the group apart, when every rank is done: threads of it that outlive Python abort the process."""
-        if self.accelerator is not None:
-            import torch.distributed as dist
-
-            self.wait()
-            dist.destroy_process_group()
-
 
 ALONE = Team()
+
+
+def leave() -> None:
+    """Take this process's group apart, if it has one, when every rank is done: threads that outlive Python abort it."""
+    if not in_group():
+        return
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def asked_strategy(environment: Mapping[str, str]) -> str:
