@@ -68,11 +68,11 @@ def check_same_test(scores: Mapping[str, Evaluation]) -> None:
     expected = scores[first]
     for name in others:
         score = scores[name]
-        for setting in ("split", "sequence_length"):
-            if score.summary[setting] != expected.summary[setting]:
+        for setting in ("split", "sequence_length", "stride"):
+            if score.summary.get(setting) != expected.summary.get(setting):
                 raise ValueError(
-                    f"{name} was evaluated with {setting}={score.summary[setting]}, {first} with "
-                    f"{expected.summary[setting]}; they cannot be compared. Evaluate both with the same {setting}."
+                    f"{name} was evaluated with {setting}={score.summary.get(setting)}, {first} with "
+                    f"{expected.summary.get(setting)}; they cannot be compared. Evaluate both with the same {setting}."
                 )
         for domain, tokens in expected.tokens.items():
             if not np.array_equal(tokens, score.tokens[domain]):
@@ -88,20 +88,37 @@ def read_seconds(directory: Path) -> float:
     return float(json.loads((directory / "timing.json").read_text(encoding="utf-8"))["seconds"])
 
 
-def read_curve(directory: Path) -> list[list[float]]:
-    """[[tokens, nats per token], ...] of a stage's metrics.jsonl, averaged within at most `CURVE_POINTS` bins.
-
-    Cross-entropy where the log has it, else the loss. A step logged twice (a resumed run) counts once, as last logged.
-    """
+def read_rows(directory: Path) -> list[dict[str, Any]]:
+    """The steps of a stage's metrics.jsonl in order, each as last logged (a resumed run logs some twice); none without it."""
     path = directory / "metrics.jsonl"
     if not path.exists():
         return []
-    steps = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        loss = record.get("cross_entropy", record.get("loss"))
-        if "tokens" in record and loss is not None and math.isfinite(loss):
-            steps[record["step"]] = (record["tokens"], loss)
-    points = np.array([steps[step] for step in sorted(steps)], dtype=np.float64).reshape(-1, 2)
+    rows = {row["step"]: row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+    return [rows[step] for step in sorted(rows)]
+
+
+def curve_of(rows: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+    """[[tokens, nats per token], ...] of a stage's steps, averaged within at most `CURVE_POINTS` bins.
+
+    Cross-entropy where the log has it, else the loss.
+    """
+    losses = [(row.get("tokens"), row.get("cross_entropy", row.get("loss"))) for row in rows]
+    known = [
+        (tokens, loss) for tokens, loss in losses if tokens is not None and loss is not None and math.isfinite(loss)
+    ]
+    points = np.array(known, dtype=np.float64).reshape(-1, 2)
     bins = np.array_split(points, min(CURVE_POINTS, len(points))) if len(points) else []
     return [[float(value) for value in part.mean(axis=0)] for part in bins]
+
+
+def read_ablation(directory: Path) -> dict[str, Any]:
+    """Nats per token of every domain: `whole`, and of each of `experts` as `removed` (None where that cannot be) and `forced`."""
+    found = json.loads((directory / "ablation.json").read_text(encoding="utf-8"))
+
+    def rate(domains: Mapping[str, Any] | None) -> dict[str, float] | None:
+        return None if domains is None else {name: one["nats"] / one["tokens"] for name, one in domains.items()}
+
+    experts = {
+        name: {"removed": rate(one["removed"]), "forced": rate(one["forced"])} for name, one in found["experts"].items()
+    }
+    return {"max_tokens": found["max_tokens"], "whole": rate(found["whole"]), "experts": experts}

@@ -14,10 +14,14 @@ def trained_average(report: Mapping[str, Any]) -> dict[str, float]:
     return {name: model["average"]["trained"]["perplexity"] for name, model in report["models"].items()}
 
 
+def on_trial(report: Mapping[str, Any]) -> list[str]:
+    """The mixtures and merges that were compared."""
+    return list(dict.fromkeys(item["model"] for item in report["comparisons"]))
+
+
 def best_on_trial(report: Mapping[str, Any]) -> str | None:
     """The mixture or merge with the lowest trained average; None where the run has none."""
-    averages = trained_average(report)
-    return min({item["model"] for item in report["comparisons"]}, key=averages.__getitem__, default=None)
+    return min(on_trial(report), key=trained_average(report).__getitem__, default=None)
 
 
 def find_comparison(report: Mapping[str, Any], model: str, against: str | None) -> dict[str, Any] | None:
@@ -74,8 +78,11 @@ def findings(report: Mapping[str, Any]) -> list[str]:
         f"[{write_perplexity(low)}, {write_perplexity(high)}]."
     ]
     model = best_on_trial(report)
-    if model is None:
+    if model is None or too_few_documents(report):
         return sentences
+    sentences.append(
+        f"{model} is the best of {len(on_trial(report))} mixtures and merges on this very test: a choice that flatters it."
+    )
     sentences += [
         _against(item) for item in report["comparisons"] if item["model"] == model and item["against"] != "oracle"
     ]

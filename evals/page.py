@@ -5,15 +5,16 @@ No network: page.css, page.js and the drawings are inlined. Sections without num
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from html import escape
-from pathlib import Path
 from typing import Any
 
-from evals.figures import routed_parts, themed_svg
+from evals.figures import routed_parts
 from evals.findings import best_on_trial, findings, headline
 from evals.page_charts import bar_key, bars, forest, heat_maps, information
+from evals.page_microscope import microscope
+from evals.page_parts import definition_list, document, headers, scroll, section
+from evals.page_training import curves, quality_against_compute, specialisation
 from evals.tables import (
     ABSENT,
     COSTS,
@@ -21,75 +22,35 @@ from evals.tables import (
     best_model,
     caption,
     quality_columns,
+    relative_title,
     write_cost,
     write_count,
     write_perplexity,
+    write_relative,
 )
+from evals.task_table import NOTE, task_rows
 
-HERE = Path(__file__).parent
 FEW_DOCUMENTS = 30  # below it, a percentile bootstrap is known to give intervals that are too narrow
 
 
 def render_page(report: Mapping[str, Any]) -> str:
     """The whole page as one HTML string."""
     sections = [
-        _section("summary", "Summary", summary_table(report)),
-        _section("domains", "Perplexity by domain", _domains(report)),
-        _section("comparisons", "Paired comparisons", _comparisons(report)),
-        _section("curves", "Training curves", _curves(report)),
-        _section("routing", "Routing", _routing(report)),
-        _section("information", "Does the router know the domain?", _information(report)),
-        _section("cost", "Cost", cost_table(report)),
-        _section("method", "How it was measured", _method(report)),
-        _section("provenance", "Provenance", _provenance(report)),
+        section("summary", "Summary", summary_table(report)),
+        section("domains", "Perplexity by domain", _domains(report)),
+        section("tasks", "Tasks", _tasks(report)),
+        section("comparisons", "Paired comparisons", _comparisons(report)),
+        section("pareto", "Quality against compute", quality_against_compute(report)),
+        section("curves", "Training curves", curves(report)),
+        section("routing", "Routing", _routing(report)),
+        section("information", "Does the router know the domain?", _information(report)),
+        section("specialisation", "Specialisation over training", specialisation(report, best_on_trial(report))),
+        section("microscope", "What the routers go by", _microscope(report)),
+        section("cost", "Cost", cost_table(report)),
+        section("method", "How it was measured", _method(report)),
+        section("provenance", "Provenance", _provenance(report)),
     ]
-    sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in findings(report))
-    embedded = json.dumps(report, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(report["experiment"])} · upcycle report</title>
-<style>
-{(HERE / "page.css").read_text(encoding="utf-8")}</style>
-</head>
-<body>
-<main>
-<header>
-<p class="eyebrow">upcycle report · {escape(report["experiment"])}</p>
-<h1>{escape(headline(report))}</h1>
-<ul class="findings">{sentences}</ul>
-</header>
-{"".join(sections)}
-</main>
-<script type="application/json" id="report">{embedded}</script>
-<script>
-{(HERE / "page.js").read_text(encoding="utf-8")}</script>
-</body>
-</html>
-"""
-
-
-def _section(identity: str, title: str, body: str) -> str:
-    """A titled section; nothing where there is no body."""
-    if not body:
-        return ""
-    heading = f'<h2 id="{identity}-title">{title}</h2>'
-    return f'<section aria-labelledby="{identity}-title" id="{identity}">{heading}{body}</section>\n'
-
-
-def _scroll(label: str, table: str) -> str:
-    """A table in a box that scrolls on its own, reachable by keyboard."""
-    return f'<div class="scroll" role="region" aria-label="{label}" tabindex="0">{table}</div>'
-
-
-def _headers(titles: Mapping[str, str]) -> str:
-    """Header cells with sort buttons; titles: {title: CSS class}."""
-    return "".join(
-        f'<th scope="col" aria-sort="none" class="{css}"><button type="button">{escape(title)}</button></th>'
-        for title, css in titles.items()
-    )
+    return document(report["experiment"], headline(report), "".join(sections), report, findings(report))
 
 
 def summary_table(report: Mapping[str, Any]) -> str:
@@ -118,15 +79,15 @@ def summary_table(report: Mapping[str, Any]) -> str:
         note += " The oracle is no model: it is told the domain, uses the branch of that name and else the seed."
     table = (
         f'<table class="sortable" id="summary-table"><caption><span>{escape(note)}</span></caption>'
-        f"<thead><tr>{_headers(titles)}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        f"<thead><tr>{headers(titles)}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     )
-    return _scroll("Summary table", table)
+    return scroll("Summary table", table)
 
 
 def cost_table(report: Mapping[str, Any]) -> str:
     """Parameters, tokens, FLOPs and seconds of each model, below each its ratio to the baseline."""
     base = report["models"].get(report["baseline"])
-    fields = COSTS | {"learning_rate": "learning rate"}
+    fields, relative = COSTS | {"learning_rate": "learning rate"}, relative_title(report)
     rows = []
     for name, model in report["models"].items():
         if model["kind"] == "oracle":
@@ -138,6 +99,11 @@ def cost_table(report: Mapping[str, Any]) -> str:
             comparable = field in COSTS and base and value is not None and base[field]
             ratio = f"<small>× {value / base[field]:.2f}</small>" if comparable else ""
             cells.append(f'<td data-value="{"" if value is None else repr(value)}">{shown}{ratio}</td>')
+        if relative:
+            share = model["relative"]["flops"]
+            cells.append(
+                f'<td data-value="{"" if share is None else repr(share)}">{escape(write_relative(model))}</td>'
+            )
         rows.append(f'<tr><th scope="row">{escape(name)}</th>{"".join(cells)}</tr>')
     ratios = f" × is the ratio to {report['baseline']}." if base else ""
     note = (
@@ -147,16 +113,31 @@ def cost_table(report: Mapping[str, Any]) -> str:
     )
     table = (
         f'<table class="sortable" id="cost-table"><caption><span>{escape(note)}</span></caption><thead><tr>'
-        f"{_headers({'model': 'text'} | dict.fromkeys(fields.values(), ''))}</tr></thead>"
+        f"{headers({'model': 'text'} | dict.fromkeys([*fields.values(), *([relative] if relative else [])], ''))}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table>"
     )
-    return _scroll("Cost table", table)
+    return scroll("Cost table", table)
 
 
 def _domains(report: Mapping[str, Any]) -> str:
     """Bars of perplexity, a panel per domain and average."""
     lead = '<p class="lead">Lower is better; bars start at zero. A notched bar is longer than fits: its figure stands beside it.</p>'
     return f'{lead}{bar_key(report)}<div class="grid">{bars(report)}</div>'
+
+
+def _tasks(report: Mapping[str, Any]) -> str:
+    """Models × tasks of lm-eval, chance first."""
+    if not (rows := task_rows(report)):
+        return ""
+    header, *body = rows
+    titles = "".join(f'<th scope="col">{escape(title)}</th>' for title in header)
+    lines = "".join(
+        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
+        for row in body
+    )
+    note = f"{NOTE} lm-eval {report['tasks']['lm_eval']}."
+    table = f"<table><caption><span>{escape(note)}</span></caption><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table>"
+    return scroll("Tasks", table)
 
 
 def _comparisons(report: Mapping[str, Any]) -> str:
@@ -169,16 +150,6 @@ def _comparisons(report: Mapping[str, Any]) -> str:
         "Each reference has a scale of its own; intervals are not corrected for the number of comparisons."
     )
     return f'<p class="lead">{escape(lead)}</p><div class="forests">{forest(report)}</div>'
-
-
-def _curves(report: Mapping[str, Any]) -> str:
-    """Training loss against tokens, one drawing per family."""
-    panels = "".join(
-        f'<figure role="img" aria-label="Training loss against tokens: {title}"><h3>{title}</h3>{svg}</figure>'
-        for title, svg in themed_svg(report).items()
-    )
-    lead = "Training cross-entropy on each model's own data, so curves of different mixtures of data do not compare."
-    return f'<p class="lead">{lead}</p><div class="grid">{panels}</div>' if panels else ""
 
 
 def _routing(report: Mapping[str, Any]) -> str:
@@ -208,6 +179,17 @@ def _information(report: Mapping[str, Any]) -> str:
     return f'<p class="lead">{lead}</p><div class="grid">{panels}</div>' if panels else ""
 
 
+def _microscope(report: Mapping[str, Any]) -> str:
+    """Gates, and what the expert of a token tells of it, for models whose evaluation looked at tokens."""
+    lead = (
+        "How sure routers are, and what they go by. Controls: domains shuffled among documents; for the rest each "
+        "window's experts moved on by a random number of tokens, which keeps its domain and the bias of rare tokens. "
+        "Bold: above all controls."
+    )
+    folds = microscope(report, best_on_trial(report))
+    return f'<p class="lead">{lead}</p>{folds}' if folds else ""
+
+
 def _method(report: Mapping[str, Any]) -> str:
     """Test sets, then the definition of every quantity."""
     tokens = next(iter(report["models"].values()))["tokens"]
@@ -226,28 +208,23 @@ def _method(report: Mapping[str, Any]) -> str:
         f"<table><caption><span>{escape(note)}</span></caption><thead><tr><th scope='col' class='text'>test set</th>"
         f"{titles}</tr></thead><tbody>{rows}</tbody></table>"
     )
-    return _scroll("Test sets", table) + definition_list(report["definitions"] | report["bootstrap"])
+    return scroll("Test sets", table) + definition_list(report["definitions"] | report["bootstrap"])
 
 
-def definition_list(entries: Mapping[str, Any]) -> str:
-    """A mapping as <dl>; nested values as indented JSON."""
-    return (
-        "<dl>"
-        + "".join(f"<dt>{escape(str(key))}</dt><dd>{_value(entry)}</dd>" for key, entry in entries.items())
-        + "</dl>"
-    )
-
-
-def _value(entry: Any) -> str:
-    """Text, or preformatted JSON for lists and mappings."""
-    if isinstance(entry, (dict, list, tuple)):
-        return f"<pre>{escape(json.dumps(entry, indent=1, ensure_ascii=False))}</pre>"
-    return escape(str(entry))
+FOLDS = {
+    "made_by": "Commits of the stages",
+    "rng_seeds": "rng seeds",
+    "artifacts": "Artifact keys",
+    "config": "Settings",
+}
 
 
 def _provenance(report: Mapping[str, Any]) -> str:
     """The machine and whatever the run recorded about itself, folded."""
-    return (
-        f"<details><summary>Machine</summary>{definition_list(report['machine'])}</details>"
-        f"<details><summary>Versions and settings</summary>{definition_list(report['provenance'])}</details>"
+    found = report["provenance"]
+    folds = {"Machine": report["machine"]}
+    folds["Versions"] = {key: value for key, value in found.items() if key not in FOLDS}
+    folds |= {title: found[key] for key, title in FOLDS.items() if found.get(key)}  # earlier reports lack some
+    return "".join(
+        f"<details><summary>{title}</summary>{definition_list(entries)}</details>" for title, entries in folds.items()
     )

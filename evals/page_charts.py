@@ -5,13 +5,14 @@ Positions are fractions of the cell's width, handed to page.css as the variables
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from evals.figures import routed_parts
+from evals.figures import layer_numbers, routed_parts
 from evals.findings import verdict
-from evals.tables import quality_columns, write_perplexity, write_signed
+from evals.tables import longest_shown, quality_columns, write_perplexity, write_signed
 
 PARTS = {"ffn": "feed-forward experts", "attention": "attention experts"}
 
@@ -19,9 +20,6 @@ PARTS = {"ffn": "feed-forward experts", "attention": "attention experts"}
 def breakable(name: str) -> str:
     """A model's name as HTML that may break after an underscore or a slash."""
     return escape(name).replace("_", "_<wbr>").replace("/", "/<wbr>")
-
-
-CUT = 1.5  # times the seed's value: where a bar is cut
 
 
 def bars(report: Mapping[str, Any]) -> str:
@@ -32,8 +30,7 @@ def bars(report: Mapping[str, Any]) -> str:
 def _bar_panel(report: Mapping[str, Any], title: str, column: Mapping[str, float]) -> str:
     """One panel of `bars`: a table of model, bar and perplexity."""
     models = report["models"]
-    seed = next((column[name] for name in models if models[name]["kind"] == "seed"), max(column.values()))
-    longest = min(max(column.values()), CUT * seed)  # one stranger to a domain would flatten all others
+    longest = longest_shown(report, column)
     lines = "".join(
         f'<i class="line {models[name]["kind"]}" style="--v:{column[name] / longest:.4f}"></i>'
         for name in models
@@ -59,9 +56,9 @@ def _bar_panel(report: Mapping[str, Any], title: str, column: Mapping[str, float
 def bar_key(report: Mapping[str, Any]) -> str:
     """What each bar's pattern and each line's dash stands for."""
     kinds = {model["kind"] for model in report["models"].values()}
-    bars_shown = [kind for kind in ("branch", "dense", "soup", "seed") if kind in kinds]
+    bars_shown = [kind for kind in ("branch", "dense", "soup", "ensemble", "seed") if kind in kinds]
     items = [(f"bar {kind}", {"seed": "seed (plain)"}.get(kind, kind)) for kind in bars_shown]
-    if kinds - {"seed", "branch", "dense", "soup", "oracle"}:
+    if kinds - {"seed", "branch", "dense", "soup", "ensemble", "oracle"}:
         items.append(("bar", "mixture"))
     items += [(f"line {kind}", f"{kind}, as a line") for kind in ("seed", "oracle") if kind in kinds]
     marks = "".join(f'<li><span><i class="{mark}"></i></span>{label}</li>' for mark, label in items)
@@ -126,25 +123,25 @@ def _range_plot(low: float, high: float, value: float, band: Sequence[float], do
 def heat_maps(part: str, routing: Mapping[str, Any], domains: Sequence[str]) -> str:
     """A table per layer, domain × expert, in percent, shaded by value; the last column is the router's entropy."""
     measured = routing[part]
-    layers = range(len(measured["mutual_information"]))
-    tables = "".join(_heat_table(layer, measured, routing["experts"], domains) for layer in layers)
+    names = measured.get("experts", routing["experts"])
+    tables = "".join(_heat_table(place, measured, names, domains) for place in range(len(layer_numbers(measured))))
     what = "share of token-to-expert assignments" if part == "ffn" else "mean gate"
     return f'<h3>{PARTS[part].capitalize()}: {what}, percent</h3><div class="grid small">{tables}</div>'
 
 
 def _heat_table(layer: int, measured: Mapping[str, Any], experts: Sequence[str], domains: Sequence[str]) -> str:
-    """One layer of `heat_maps`; a domain's own expert is underlined."""
+    """One layer of `heat_maps`; a domain's own experts (code, code:2, code/1) are underlined."""
     head = "".join(f'<th scope="col">{escape(expert)}</th>' for expert in experts)
     rows = []
     for domain in domains:
         cells = "".join(
-            f'<td class="{"own" * (expert == domain)}" style="--v:{share:.3f}">{100 * share:.0f}</td>'
+            f'<td class="{"own" * (re.split("[:/]", expert)[0] == domain)}" style="--v:{share:.3f}">{100 * share:.0f}</td>'
             for expert, share in zip(experts, measured["share"][domain][layer], strict=True)
         )
         entropy = f'<td class="entropy">{measured["entropy"][domain][layer]:.2f}</td>'
         rows.append(f'<tr><th scope="row">{escape(domain)}</th>{cells}{entropy}</tr>')
     return (
-        f'<div class="scroll"><table class="heat"><caption>layer {layer}</caption><thead><tr><td></td>{head}'
+        f'<div class="scroll"><table class="heat"><caption>layer {layer_numbers(measured)[layer]}</caption><thead><tr><td></td>{head}'
         f'<th scope="col">entropy</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
     )
 
@@ -162,8 +159,8 @@ def information(report: Mapping[str, Any]) -> str:
 def _information_table(name: str, part: str, measured: Mapping[str, Any], low: float, high: float) -> str:
     """One panel of `information`: a layer's dot over the range of its control with domains shuffled."""
     rows = []
-    layers = zip(measured["mutual_information"], measured["shuffled"], strict=True)
-    for layer, (value, control) in enumerate(layers):
+    layers = zip(layer_numbers(measured), measured["mutual_information"], measured["shuffled"], strict=True)
+    for layer, value, control in layers:
         band = (min(control), max(control))
         rows.append(
             f'<tr><th scope="row">layer {layer}</th><td class="plot control">'

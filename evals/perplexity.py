@@ -1,29 +1,34 @@
 """Perplexity of one model on every domain: cross-entropy alone, per document, at any batch size the same.
 
-A domain's split is one stream of documents, each ended by EOS. It is cut into windows of S tokens that overlap by one,
-so every token but the stream's first is predicted exactly once, from what precedes it in its window. Nats are summed
-per document; bytes are those of the document's text, so bits per byte compare across tokenizers.
+A domain's split is one stream of documents, each ended by EOS. It is cut into windows (windows.py), so every token but
+the stream's first is predicted exactly once, from what precedes it in its window. Nats are summed per document; bytes are
+those of the document's text, so bits per byte compare across tokenizers.
 Shapes: B batch, S sequence, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from evals.microscope import Vocabulary
 from evals.routing import RoutingCounter, in_turn
+from evals.windows import inputs_and_labels, window_starts
+from evals.words import token_texts
 from upcycle.batches import TokenArray
 from upcycle.config import EvalConfig
+from upcycle.configuration import UpcycledConfig
 from upcycle.families import language_model_head
 from upcycle.losses import IGNORED, token_nats
 from upcycle.modeling import UpcycledForCausalLM
-from upcycle.routing import RoutingTrace
+from upcycle.router import RoutingTrace
 from upcycle.sharded import sharded
 from upcycle.team import ALONE, Team
 
@@ -45,6 +50,18 @@ class Scored:
         }
 
 
+class Steering(NamedTuple):
+    """What routers are told. expert: of this domain, for oracles; forced, removed: of each sublayer an expert that all
+    tokens go to, or none (RoutingTrace)."""
+
+    expert: int | None = None
+    forced: Mapping[str, int] | None = None
+    removed: Mapping[str, int] | None = None
+
+
+FREE = Steering()
+
+
 class Scorer(nn.Module):
     """A model and the cross-entropy of its predictions, token by token."""
 
@@ -52,10 +69,17 @@ class Scorer(nn.Module):
         super().__init__()
         self.model, self.precision, self.device = model, precision, device
 
-    def forward(self, inputs_BS: Tensor, labels_BS: Tensor) -> tuple[Tensor, RoutingTrace | None]:
+    def forward(
+        self, inputs_BS: Tensor, labels_BS: Tensor, steering: Steering = FREE
+    ) -> tuple[Tensor, RoutingTrace | None]:
         """(B, S) nats of every label, 0 where IGNORED; what a mixture's routers decided."""
         inputs_BS, labels_BS = inputs_BS.to(self.device), labels_BS.to(self.device)
-        trace = RoutingTrace(inputs_BS) if isinstance(self.model, UpcycledForCausalLM) else None
+        trace = None
+        if isinstance(self.model, UpcycledForCausalLM):
+            expert_B = None
+            if steering.expert is not None:
+                expert_B = torch.full((len(inputs_BS),), steering.expert, device=self.device)
+            trace = RoutingTrace(expert_B=expert_B, forced=steering.forced, removed=steering.removed)
         extra = {"trace": trace} if trace else {}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             hidden = self.model.base_model(input_ids=inputs_BS, use_cache=False, **extra).last_hidden_state
@@ -63,13 +87,9 @@ class Scorer(nn.Module):
         return nats.view_as(labels_BS), trace
 
 
-def windows(tokens: np.ndarray, sequence_length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(inputs, labels) of S tokens each, labels[i] following inputs[i]; the last pair is padded, labels with IGNORED."""
-    for start in range(0, len(tokens) - 1, sequence_length):
-        piece = tokens[start : start + sequence_length + 1].astype(np.int64)
-        inputs, labels = piece[:-1], piece[1:]
-        missing = sequence_length - len(inputs)
-        yield np.pad(inputs, (0, missing)), np.pad(labels, (0, missing), constant_values=IGNORED)
+def count_windows(tokens: int, config: EvalConfig) -> int:
+    """How many windows a stream of so many tokens has."""
+    return len(window_starts(int(tokens) - 1, config.sequence_length, config.tokens_apart))
 
 
 def whole_documents(array: TokenArray, max_tokens: int | None) -> int:
@@ -81,78 +101,150 @@ def whole_documents(array: TokenArray, max_tokens: int | None) -> int:
 
 @torch.no_grad()
 def score_domain(
-    scorer: Scorer,
+    scorer: nn.Module,
     array: TokenArray,
     config: EvalConfig,
     counter: RoutingCounter | None,
     advance: Callable,
     team: Team = ALONE,
+    steering: Steering = FREE,
 ) -> Scored:
     """Score one split of one domain; `counter` sees the routing of every predicted token.
 
     The ranks of `team` take the batches in turn, and all get the whole result: the very figures of one process.
+    advance: called with how many windows more have been scored by all of them.
     """
     documents = whole_documents(array, config.max_tokens)
     tokens = np.asarray(array.tokens[: array.offsets[documents]])
-    pairs = list(windows(tokens, config.sequence_length))
-    nats = []
-    size = config.batch_sequences
-    for turn in range(0, len(pairs), team.size * size):
-        mine = pairs[turn + team.rank * size :][:size]
+    S, stride = config.sequence_length, config.tokens_apart
+    starts = window_starts(len(tokens) - 1, S, stride)
+    nats, size = [], config.batch_sequences
+    for turn in range(0, len(starts), team.size * size):
+        mine = starts[turn + team.rank * size :][:size]
         # Ranks that hold parts of the weights need one another in every turn, also where one has no batch left.
-        inputs, labels = (torch.from_numpy(np.stack(side)) for side in zip(*(mine or pairs[:1]), strict=True))
-        scored, trace = scorer(inputs, labels)
-        if mine:
-            nats.append(scored.double().flatten().cpu().numpy())
+        pair = inputs_and_labels(tokens, mine if len(mine) else starts[:1], S, stride)
+        inputs, labels = (torch.from_numpy(side) for side in pair)
+        scored, trace = scorer(inputs, labels, steering)
+        if len(mine):
+            counted = labels != IGNORED
+            nats.append(scored.cpu()[counted].double().numpy())
             if counter is not None:
-                counter.add(trace, (labels != IGNORED).to(scored.device))
-        advance(team.size * inputs.numel())
+                counter.add(trace, counted.to(scored.device), turn + team.rank * size)
+        advance(min(team.size * size, len(starts) - turn))
     nats = in_turn(team.gather(nats))
     if counter is not None:
         counter.combine(team)
-    per_token = np.concatenate([[0.0], np.concatenate(nats)[: len(tokens) - 1]])  # the stream's first is not predicted
+    per_token = np.concatenate([[0.0], *nats])  # the stream's first is not predicted
     starts = array.offsets[:documents]
     predicted = np.diff(array.offsets[: documents + 1]) - (np.arange(documents) == 0)
     return Scored(np.add.reduceat(per_token, starts), predicted, np.asarray(array.bytes[:documents]))
 
 
-def evaluate(
-    model: PreTrainedModel, data: dict[str, Path], config: EvalConfig, advance: Callable, team: Team = ALONE
-) -> tuple[dict, dict]:
-    """(`evaluation.json` as a dict, arrays for `documents.npz`) of one model over all domains, on every rank of `team`.
+def expert_of_domain(config: Any, domain: str) -> int | None:
+    """The expert that an oracle router sends a domain's text to: its branch's, the seed's for domains without a branch.
 
-    Under a strategy that cuts weights (fsdp2, zero3) the model is cut over the ranks here too.
+    None where no router asks. Raises ValueError: neither is among the experts.
+    """
+    routers = (getattr(config, "router", None), getattr(config, "attention_router", {}).get("kind"))
+    if "oracle" not in routers:
+        return None
+    for source in (domain, "seed"):
+        if source in config.expert_sources:
+            return config.expert_sources.index(source)
+    raise ValueError(
+        f"an oracle router has no expert for domain {domain!r}: neither it nor the seed is among the experts "
+        f"({', '.join(config.experts)}); include the seed, or leave that domain out"
+    )
+
+
+def vocabulary_of(streams: Iterable[np.ndarray], tokenizer: Any) -> Vocabulary:
+    """The ids that occur in the streams, with their texts if there is a tokenizer."""
+    ids = np.unique(np.concatenate([np.unique(tokens) for tokens in streams]))
+    if tokenizer is None:
+        return Vocabulary(ids)
+    signs = set(tokenizer.all_special_ids)
+    return Vocabulary(ids, token_texts(tokenizer, ids), [int(one) in signs for one in ids])
+
+
+def check_positions(model: PreTrainedModel, sequence_length: int | None, setting: str) -> int | None:
+    """The positions that a model has, if its config says. Raises ValueError: `setting` asks for more."""
+    own = getattr(getattr(model.config, "seed", model.config), "max_position_embeddings", None)
+    if sequence_length is not None and own is not None and sequence_length > own:
+        raise ValueError(f"{setting}={sequence_length} exceeds the model's {own} positions; set it to {own} or less")
+    return own
+
+
+def scorer_of(model: PreTrainedModel, precision: str, team: Team = ALONE) -> Scorer:
+    """The model, ready to score: where the team computes, and cut over the ranks under a strategy that cuts weights."""
+    scorer = Scorer(model.eval(), precision, team.device)
+    if team.strategy in ("fsdp2", "zero3"):
+        sharded(scorer, model, team)
+        return scorer
+    return scorer.to(team.device)
+
+
+def evaluate(
+    model: PreTrainedModel,
+    data: dict[str, Path],
+    config: EvalConfig,
+    advance: Callable,
+    team: Team = ALONE,
+    tokenizer: Any = None,
+) -> tuple[dict, dict]:
+    """`measure` of one model.
+
+    Raises ValueError: an oracle router without an expert for a domain; windows longer than the model's positions.
+    """
+    check_positions(model, config.sequence_length, "eval.sequence_length")
+    mixture = model.config if isinstance(model, UpcycledForCausalLM) else None
+    return measure(scorer_of(model, config.precision, team), data, config, advance, team, mixture, tokenizer)
+
+
+def measure(
+    scorer: nn.Module,
+    data: dict[str, Path],
+    config: EvalConfig,
+    advance: Callable,
+    team: Team = ALONE,
+    mixture: UpcycledConfig | None = None,
+    tokenizer: Any = None,
+) -> tuple[dict, dict]:
+    """(`evaluation.json` as a dict, arrays for `documents.npz`) over all domains, on every rank of `team`.
+
+    scorer: a Scorer, or what is called as one. mixture: its config, if the routing is to be counted. tokenizer: for what
+    tokens are as text; without it routing is not held against words.
 
     Raises ValueError: a domain without that split.
     """
-    scorer = Scorer(model.eval(), config.precision, team.device)
-    if team.strategy in ("fsdp2", "zero3"):
-        sharded(scorer, model, team)
-    else:
-        scorer.to(team.device)
     arrays = {name: TokenArray(path, config.split) for name, path in sorted(data.items())}
-    total = sum(int(array.offsets[whole_documents(array, config.max_tokens)]) for array in arrays.values())
+    streams = {
+        name: array.tokens[: array.offsets[whole_documents(array, config.max_tokens)]] for name, array in arrays.items()
+    }
+    total = sum(count_windows(len(tokens), config) for tokens in streams.values())
     done, summaries, documents = 0, {}, {}
-    counter = RoutingCounter(model.config) if isinstance(model, UpcycledForCausalLM) else None
+    counter = None
+    if mixture is not None:
+        words = vocabulary_of(streams.values(), tokenizer)
+        counter = RoutingCounter(mixture, words, config)
 
-    def tick(tokens: int) -> None:
+    def tick(count: int) -> None:
         nonlocal done
-        done += tokens
-        advance(min(done, total), total)
+        done += count
+        advance(done, total, doing=f"windows, {name}")
 
     for name, array in arrays.items():
         if counter is not None:
-            tokens = int(array.offsets[whole_documents(array, config.max_tokens)])
-            starts = np.arange(0, tokens - 1, config.sequence_length)
-            counter.start(name, np.searchsorted(array.offsets, starts, side="right") - 1)
-        scored = score_domain(scorer, array, config, counter, tick, team)
+            counter.start(name, streams[name], array.offsets)
+        steering = Steering(expert_of_domain(mixture, name))
+        scored = score_domain(scorer, array, config, counter, tick, team, steering)
         summaries[name] = scored.summary()
         documents |= {f"{name}.nats": scored.nats, f"{name}.tokens": scored.tokens, f"{name}.bytes": scored.bytes}
     result = {
         "split": config.split,
         "sequence_length": config.sequence_length,
+        "stride": config.tokens_apart,
         "max_tokens": config.max_tokens,
         "domains": summaries,
-        "routing": counter.summary(config.rng_seed) if counter else None,
+        "routing": counter.summary(team) if counter else None,
     }
     return result, documents

@@ -7,7 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-GROUP_TITLES = {"trained": "trained avg", "out_of_domain": "out of domain avg"}
+GROUP_TITLES = {
+    "trained": "trained avg",
+    "in_domain": "in-domain avg",
+    "general": "general avg",
+    "out_of_domain": "out of domain avg",
+}
 COSTS = {
     "parameters": "params",
     "active_parameters": "active",
@@ -64,17 +69,40 @@ def average_title(report: Mapping[str, Any], group: str) -> str:
     return f"{GROUP_TITLES[group]} ({' '.join(report['domain_groups'][group])})"
 
 
-def quality_columns(report: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """{column title: {model: perplexity}}: a group's average, then its domains; trained first."""
-    models = report["models"]
-    columns = {}
+def shown_groups(report: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The averages that have a column: of some domain, and of others than an average before covers.
+
+    In-domain and general averages of one domain are that domain's own column.
+    """
+    shown: dict[str, list[str]] = {}
     for group, members in report["domain_groups"].items():
-        if members:
+        alone = len(members) == 1 and group in ("in_domain", "general")
+        if members and not alone and members not in shown.values():
+            shown[group] = members
+    return shown
+
+
+def quality_columns(report: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """{column title: {model: perplexity}}: a group's average, then the domains that no later group has; trained first."""
+    models, groups = report["models"], report["domain_groups"]
+    home = {domain: group for group, members in groups.items() for domain in members}
+    columns = {}
+    for group, members in groups.items():
+        if group in shown_groups(report):
             title = average_title(report, group)
             columns[title] = {name: model["average"][group]["perplexity"] for name, model in models.items()}
-        for domain in members:
+        for domain in (domain for domain in members if home[domain] == group):
             columns[domain] = {name: model["perplexity"][domain] for name, model in models.items()}
     return columns
+
+
+CUT = 1.5  # times the seed's value: how far the scale of a chart goes
+
+
+def longest_shown(report: Mapping[str, Any], column: Mapping[str, float]) -> float:
+    """Where the scale of a column's perplexities ends: one stranger to a domain would flatten all others."""
+    models, most = report["models"], max(column.values())
+    return min(most, CUT * next((column[name] for name in column if models[name]["kind"] == "seed"), most))
 
 
 def best_model(report: Mapping[str, Any], column: Mapping[str, float]) -> str:
@@ -82,17 +110,34 @@ def best_model(report: Mapping[str, Any], column: Mapping[str, float]) -> str:
     return min((name for name in column if report["models"][name]["kind"] != "oracle"), key=column.__getitem__)
 
 
-def table_cells(report: Mapping[str, Any], mark: str) -> list[list[str]]:
-    """Header and rows as text; `mark` is the format of a column's best perplexity, such as `**{}**`."""
+def relative_title(report: Mapping[str, Any]) -> str | None:
+    """The title of the column that says who is matched to the reference; None in a report without one."""
+    reference = report.get("reference")  # reports of earlier versions have none
+    return f"tokens, FLOPs after the seed ÷ {reference}" if reference else None
+
+
+def write_relative(model: Mapping[str, Any]) -> str:
+    """`1.00, 1.04 data-matched`: tokens and FLOPs after the seed relative to the reference's, and what is matched."""
+    found = model["relative"]
+    if found is None:
+        return ABSENT
+    figures = ", ".join(ABSENT if found[of] is None else f"{found[of]:.2f}" for of in ("tokens", "flops"))
+    return f"{figures} {found['label']}".strip()
+
+
+def table_cells(report: Mapping[str, Any], mark: str, costs: Sequence[str] = tuple(COSTS)) -> list[list[str]]:
+    """Header and rows as text; `mark` is the format of a column's best perplexity, such as `**{}**`. costs: of COSTS."""
     columns = quality_columns(report)
     best = {title: best_model(report, column) for title, column in columns.items()}
-    cells = [["model", *columns, *COSTS.values()]]
+    relative = relative_title(report)
+    cells = [["model", *columns, *(COSTS[field] for field in costs), *([relative] if relative else [])]]
     for name, model in report["models"].items():
         quality = [write_perplexity(column[name]) for column in columns.values()]
         marked = [
             mark.format(cell) if best[title] == name else cell for title, cell in zip(columns, quality, strict=True)
         ]
-        cells.append([name, *marked, *(write_cost(field, model[field]) for field in COSTS)])
+        spent = [write_cost(field, model[field]) for field in costs]
+        cells.append([name, *marked, *spent, *([write_relative(model)] if relative else [])])
     return cells
 
 
@@ -101,18 +146,22 @@ def caption(report: Mapping[str, Any]) -> str:
     tokens = next(iter(report["models"].values()))["tokens"]
     tested = ", ".join(f"{domain} {write_count(count)}" for domain, count in tokens.items())
     machine = ", ".join(write_property(key, value) for key, value in report["machine"].items())
+    seconds = f" All stages together: {write_cost('seconds', report['seconds'])} s." if report.get("seconds") else ""
+    apart = report.get("stride", report["sequence_length"])
+    limit = report.get("max_tokens")
+    first = f" (of each domain its first documents, up to {write_count(limit)} tokens)" if limit else ""
+    moved = "" if apart == report["sequence_length"] else f" that begin every {apart}"
     return (
         f"{report['split'].capitalize()} perplexity (lower is better) in windows of {report['sequence_length']} "
-        f"tokens; tokens scored: {tested}. An average is the exp of the mean nats per token over its domains. "
-        f"Bootstrap rng_seed {report['bootstrap']['rng_seed']}. Machine: {machine}. "
-        f"All stages together: {write_cost('seconds', report['seconds'])} s."
+        f"tokens{moved}; tokens scored{first}: {tested}. An average is the exp of the mean nats per token over its domains. "
+        f"Bootstrap rng_seed {report['bootstrap']['rng_seed']}. Machine: {machine}.{seconds}"
     )
 
 
 def format_table(report: Mapping[str, Any]) -> str:
     """The summary for a terminal; each column's lowest perplexity carries a `*`. Long titles stack word on word."""
     header, *rows = table_cells(report, mark="{}*")
-    groups = report["domain_groups"]
+    groups = shown_groups(report)
     short = {average_title(report, group): f"{group.replace('_', '-')} avg" for group in groups}
     header = [short.get(title, title) for title in header]
     stacked = [title.split() for title in header]
@@ -135,9 +184,12 @@ def _align(line: Sequence[str], widths: Sequence[int]) -> list[str]:
     return [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
 
 
-def markdown_table(report: Mapping[str, Any]) -> str:
-    """The summary for the README: the lowest perplexity of each column in bold, a caption, the paired comparisons."""
-    header, *rows = table_cells(report, mark="**{}**")
+def markdown_table(report: Mapping[str, Any], costs: Sequence[str] = tuple(COSTS)) -> str:
+    """The summary for the README: the lowest perplexity of each column in bold, a caption, the paired comparisons.
+
+    costs: fewer than all where the machine did other work, so that seconds say nothing.
+    """
+    header, *rows = table_cells(report, "**{}**", costs)
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     text = f"{table}\n\n*{caption(report)} Bold: lowest of its column; the oracle is no model.*"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Callable
 from itertools import takewhile
 
 USAGE = """\
@@ -10,12 +12,21 @@ upcycle                        run the demo: pretrain a seed, branch, assemble B
 upcycle key=value ...          the same with other settings; experiment=tiny is a one-minute walk
 upcycle plan=true              what would run, what it would cost, what is done already; computes nothing
 upcycle stage=branch/code      one stage only
+upcycle tokens=50M             that many for branches and mixture together; budget=2h: as many as that time is enough for
 upcycle -m key=a,b ...         a sweep; runs share every artifact they can
 upcycle status [RUN ...]       the runs here and how far they are
 upcycle explain DIR            what each tensor of a mixture came from, its routers, its size; --all, --json
-upcycle report [RUN ...]       print a run's table again; --readme writes it into README.md
+upcycle doctor DIR|RUN         what is wrong with a mixture, in training too, and what to do about it; --json, --prove
+upcycle report [RUN ...]       print a run's table again; --readme writes it into README.md; of several runs also what they say
+                               of the models they share; --html=OUT.html
 upcycle export DIR OUT         a mixture as Mixtral, Qwen2-MoE, Qwen3-MoE or FlexOlmo where it equals one, else with its code;
                                --format=NAME, --report=RUN/report.json
+upcycle add DIR BRANCH OUT --name=NAME
+                               a mixture with a branch as one more expert; --router-row=mean, zeros, normal or an expert's name
+upcycle remove DIR NAME OUT    a mixture without one of its experts
+upcycle dense DIR OUT          a mixture as a dense model again: --expert=NAME, or --merge=average of all (the default)
+upcycle route DIR TEXT|FILE OUT.html
+                               a page of the text and what the mixture says next, each token by its expert; --new-tokens=N
 upcycle replicates RUN RUN ... spread and claims over runs that differ in rng_seed; --readme, --json=FILE
 """
 
@@ -27,9 +38,9 @@ def main() -> None:
         print("Settings, as composed by Hydra (upcycle --hydra-help tells more):\n")
         sys.argv[1:] = ["--cfg", "job"]
     elif arguments and arguments[0] in WORDS:
-        sys.exit(WORDS[arguments[0]](arguments[1:]))
+        sys.exit(_spoken(WORDS[arguments[0]], arguments[1:]))
     elif (unknown := unknown_word(arguments)) is not None:
-        from launch.config import nearest
+        from upcycle.config import nearest
 
         words = ["help", *WORDS]
         guess = f"no such word{nearest(unknown, words)} Words: {', '.join(words)}"
@@ -38,6 +49,17 @@ def main() -> None:
     from launch.pipeline import main as pipeline
 
     pipeline()
+
+
+def _spoken(word: Callable[[list[str]], int], arguments: list[str]) -> int:
+    """A word's exit code; a reader that has seen enough, such as `head`, is no error."""
+    try:
+        code = word(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def unknown_word(arguments: list[str]) -> str | None:
@@ -73,6 +95,12 @@ def explain(arguments: list[str]) -> int:
         return 2
     print(json.dumps(found.to_dict(), indent=1) if "--json" in options else found.text("--all" in options))
     return 0
+
+
+def doctor(arguments: list[str]) -> int:
+    import launch.doctor
+
+    return launch.doctor.doctor(arguments)
 
 
 def report(arguments: list[str]) -> int:
@@ -116,7 +144,26 @@ def export(arguments: list[str]) -> int:
     return 0
 
 
-WORDS = {"explain": explain, "export": export, "status": status, "report": report, "replicates": replicates}
+def _edit(word: str) -> Callable[[list[str]], int]:
+    def run(arguments: list[str]) -> int:
+        import launch.edits
+
+        return getattr(launch.edits, word)(arguments)
+
+    return run
+
+
+def route(arguments: list[str]) -> int:
+    from launch.route import route
+
+    return route(arguments)
+
+
+WORDS = {
+    "explain": explain, "doctor": doctor, "export": export, "status": status, "report": report, "replicates": replicates,
+    "add": _edit("add"), "remove": _edit("remove"), "dense": _edit("dense"),
+    "route": route,
+}  # fmt: skip
 
 if __name__ == "__main__":
     main()

@@ -4,98 +4,41 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
+from launch.budget import shared_out
+from launch.checks import check
+from launch.running import LaunchConfig, TrackConfig
 from upcycle.config import (
     STRICT,
+    AblationConfig,
     BranchConfig,
     DataConfig,
     DomainConfig,
+    EnsembleConfig,
     EvalConfig,
-    MixtureConfig,
     SeedConfig,
+    TasksConfig,
     TrainConfig,
-    nearest,
 )
-from upcycle.directories import read_config, resolve, weight_files
 from upcycle.mistakes import in_words
-from upcycle.phases import plan_phases
+from upcycle.mixture_config import MixtureConfig
 
 # Where a setting of every branch or mixture may stand once, for all of them.
 SHARED = {("branches", "train"): "branch", ("mixtures", "train"): "mix", ("mixtures", "assemble"): "assemble"}
-OWN_NAMES = ("seed", "soup", "dense", "oracle")  # what the report calls the models that are neither branch nor mixture
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class LaunchConfig:
-    """How stages are run. Nothing here changes a result, so nothing here is part of an artifact's key.
-
-    config: the launch file of the stages that several processes make together, a name in launch/accelerate or a path; None
-    runs every stage in this process. processes: of all machines together (None: one for each GPU of this machine).
-    main_address: host:port of the first machine. offload: where ZeRO keeps what the step itself does not need.
-    parallel_branches: so many branches are trained side by side, on equal shares of this machine.
-    """
-
-    checkpoint_steps: int | None = None
-    checkpoint_seconds: float | None = 60.0
-    keep_checkpoints: int = Field(default=1, ge=1)
-    threads: int | None = Field(default=None, ge=1)
-    config: str | None = None
-    processes: int | None = Field(default=None, ge=1)
-    machines: int = Field(default=1, ge=1)
-    machine_rank: int = Field(default=0, ge=0)
-    main_address: str | None = Field(default=None, pattern=r"^[^:]+:\d+$")
-    offload: Literal["none", "cpu", "nvme"] = "none"
-    nvme_path: str | None = None
-    parallel_branches: int = Field(default=1, ge=1)
-
-    @model_validator(mode="after")
-    def _means_something(self):
-        if self.machine_rank >= self.machines:
-            raise ValueError(
-                f"machine_rank={self.machine_rank} is not below machines={self.machines}; machines are numbered from 0"
-            )
-        if self.machines > 1 and (self.main_address is None or self.processes is None):
-            raise ValueError(
-                f"machines={self.machines} need main_address=HOST:PORT, of the first one, and processes, of all together"
-            )
-        if self.processes is not None and self.processes % self.machines:
-            raise ValueError(f"processes={self.processes} is not a multiple of machines={self.machines}; make it one")
-        if self.config is None:
-            for name, unset in (("processes", None), ("machines", 1), ("offload", "none")):
-                if getattr(self, name) != unset:
-                    raise ValueError(
-                        f"{name}={getattr(self, name)} has no effect without a group of processes; add launch=accelerate "
-                        "and launch.config, such as zero2"
-                    )
-        if self.machines > 1 and self.parallel_branches > 1:
-            raise ValueError(
-                f"parallel_branches={self.parallel_branches} divides one machine, and machines={self.machines} join theirs; "
-                "set one of them to 1"
-            )
-        if (self.offload == "nvme") != (self.nvme_path is not None):
-            raise ValueError(f"offload={self.offload} and nvme_path={self.nvme_path}: each needs the other; give both")
-        return self
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class TrackConfig:
-    """Where progress goes: the terminal, and Weights & Biases (`offline` needs no account)."""
-
-    progress: bool = True
-    wandb: Literal["off", "offline", "online"] = "off"
-    project: str = "upcycle"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Config:
     """A whole run. `plan`: print the stages and stop. `stage`: compute only that one.
 
-    `out`: where the one mixture is copied to. `dry_run`: print what the mixtures would be and stop.
+    `dense`: one model on the tokens of branches and mixture, `dense_compute`: on as many FLOPs. `match_to`: the mixture that
+    others are matched to (None: the first trained one). `btm`: seed and branches as an ensemble. `tokens`: what all branches
+    and mixtures were given, if it was said so (launch.budget). `out`: where the one mixture is copied to. `dry_run`: print
+    what the mixtures would be and stop. `ablation`: measure what each expert is worth; None does not.
     """
 
     name: str = Field(pattern=r"^[\w.-]*\w$")
@@ -113,29 +56,33 @@ class Config:
     eval: EvalConfig
     launch: LaunchConfig
     track: TrackConfig
+    tasks: TasksConfig | None = None
+    dense_compute: TrainConfig | None = None
+    match_to: str | None = None
+    btm: EnsembleConfig | None = None
+    greedy_soup: bool = False
+    tokens: int | None = None
     out: str | None = None
     dry_run: bool = False
+    ablation: AblationConfig | None = None
 
     @model_validator(mode="after")
     def _fits_together(self):
-        _check_names(self)
-        for where, train in self.runs().items():
-            _check_proportions(self, where, train)
-            plan_phases(train, where)
-        _check_dense(self)
-        _check_evaluation(self)
-        _check_checkpoint("seed.path", self.seed.path)
-        for name, branch in self.branches.items():
-            _check_checkpoint(f"branches.{name}.path", branch.path)
-        for name, mixture in self.mixtures.items():
-            _check_experts(self, name, mixture)
-        if self.out is not None and len(self.mixtures) != 1:
-            names = ", ".join(self.mixtures) or "none"
-            raise ValueError(
-                f"out={self.out}: this experiment makes {len(self.mixtures)} mixtures ({names}), expected exactly one to "
-                "copy there; leave out= out and take them from the store"
-            )
+        check(self)
         return self
+
+    @property
+    def trained_domains(self) -> list[str]:
+        return [name for name, domain in self.domains.items() if domain.trained]
+
+    @property
+    def unmatched(self) -> dict[str, TrainConfig]:
+        """The mixtures that are trained on tokens of their own, and from branches: those that others can be matched to."""
+        return {
+            name: mixture.train
+            for name, mixture in self.mixtures.items()
+            if mixture.train and mixture.match == "none" and not mixture.scratch
+        }
 
     def runs(self) -> dict[str, TrainConfig]:
         """Every training run whose settings are the user's own (the dense continuation's follow from them), by key path."""
@@ -143,83 +90,6 @@ class Config:
         found |= {f"branches.{name}.train": branch.train for name, branch in self.branches.items()}
         found |= {f"mixtures.{name}.train": mixture.train for name, mixture in self.mixtures.items()}
         return {where: train for where, train in found.items() if train is not None}
-
-
-def _check_names(cfg: Config) -> None:
-    taken = dict.fromkeys(OWN_NAMES, "a model of every report")
-    for where, names in (("branches", cfg.branches), ("mixtures", cfg.mixtures)):
-        for name in names:
-            if name in taken:
-                raise ValueError(
-                    f"{where}.{name}: that name belongs to {taken[name]}, expected names that are all different "
-                    f"(and none of {', '.join(OWN_NAMES)}); rename {where}.{name}"
-                )
-            taken[name] = f"{where}.{name}"
-
-
-def _check_proportions(cfg: Config, where: str, train: TrainConfig) -> None:
-    trained = [name for name, domain in cfg.domains.items() if domain.trained]
-    if not trained:
-        raise ValueError(
-            f"{where}.tokens={train.tokens}, but no domain has text to train on; add one (such as "
-            "+domains@domains.code=code) and its share (+mix.proportions.code=1.0), or set the tokens to 0"
-        )
-    for domain in train.proportions:
-        if domain not in trained:
-            raise ValueError(
-                f"{where}.proportions names {domain!r}, expected one of the trained domains "
-                f"({', '.join(trained)}){nearest(domain, trained)}"
-            )
-
-
-def _check_evaluation(cfg: Config) -> None:
-    """Every domain needs documents in the split that models are measured on."""
-    for name, domain in cfg.domains.items():
-        if getattr(domain, f"{cfg.eval.split}_fraction") == 0:
-            raise ValueError(
-                f"domains.{name}.{cfg.eval.split}_fraction is 0, but eval.split={cfg.eval.split} measures every domain on "
-                "that split; raise it or choose the other split"
-            )
-
-
-def _check_dense(cfg: Config) -> None:
-    """The dense continuation's phases must fit the tokens that the recipe will give it."""
-    if cfg.dense is None:
-        return
-    tokens = sum(b.train.steps * b.train.batch_tokens for b in cfg.branches.values() if b.train)
-    mixtures = [mixture.train for mixture in cfg.mixtures.values() if mixture.train]
-    tokens += max((train.steps * train.batch_tokens for train in mixtures), default=0)
-    if tokens == 0:
-        raise ValueError("dense: no branch or mixture is trained, so there are no tokens to match; set dense=null")
-    plan_phases(replace(cfg.dense, tokens=tokens), "dense")
-
-
-def _check_checkpoint(where: str, path: str | None) -> None:
-    """A checkpoint is a directory, or a name on the Hub, of a model with plain weights in safetensors."""
-    if path is None:
-        return
-    try:
-        directory = resolve(path)
-        read_config(directory)
-        weight_files(directory)
-    except ValueError as error:
-        named = str(error).startswith(f"{path}: ")  # it says what was given itself
-        raise ValueError(f"{where}={error}" if named else f"{where}={path}: {error}") from None
-
-
-def _check_experts(cfg: Config, name: str, mixture: MixtureConfig) -> None:
-    if not cfg.branches:
-        raise ValueError(
-            f"mixtures.{name} has no branch to be made of, expected at least one; give it as branches.NAME.path=DIR "
-            "with a name of your choice"
-        )
-    experts, router = len(cfg.branches) + mixture.assemble.include_seed, mixture.assemble.router
-    if router.kind == "top_k" and router.top_k > experts:
-        raise ValueError(
-            f"mixtures.{name}.assemble.router.top_k={router.top_k} exceeds the {experts} experts "
-            f"({', '.join(['seed'] * mixture.assemble.include_seed + list(cfg.branches))}); "
-            "lower top_k or add a branch"
-        )
 
 
 def merged(defaults: dict, overrides: dict | None) -> dict:
@@ -236,22 +106,44 @@ def build(raw: dict[str, Any]) -> Config:
 
     Training on 0 tokens is no training. Raises ValueError, naming the key's path and the nearest valid names.
     """
-    raw = dict(raw)
+    raw = shared_out(raw)
     shared = {key: dict(raw.pop(key, None) or {}) for key in SHARED.values()}
     own = {key: raw.get(key) or {} for key in ("branches", "mixtures")}
     for key, items in own.items():
         if not isinstance(items, dict):
             raise ValueError(f"{key}={items}: expected settings by name; give each as {key}.NAME.KEY=VALUE")
     raw["dry_run"] = shared["assemble"].pop("dry_run", False)
+    _check_shared_assembly(shared["assemble"], own["mixtures"])
     raw["branches"] = {name: _branch(name, item, shared["branch"]) for name, item in own["branches"].items()}
-    raw["mixtures"] = {name: _mixture(item, shared) for name, item in own["mixtures"].items()}
-    if raw.get("dense") is not None:
-        raw["dense"] = _dense(raw["dense"], shared)
+    raw["mixtures"] = {name: _mixture(name, item, shared) for name, item in own["mixtures"].items()}
+    for name in ("dense", "dense_compute"):
+        if raw.get(name) is not None:
+            raw[name] = _dense(name, raw[name], shared)
     try:
         return TypeAdapter(Config).validate_json(json.dumps(raw), strict=True)
     except ValidationError as error:
         lines = [_as_written(line, own, shared) for line in in_words(Config, error)]
         raise ValueError("\n".join(dict.fromkeys(lines))) from None
+
+
+def _check_shared_assembly(shared: dict, mixtures: dict[str, Any]) -> None:
+    """What mixtures share is read by one of them at least; presets of their own say everything themselves."""
+    for path in _leaves(shared):
+        if mixtures and all(
+            isinstance(item, dict) and _holds(item.get("assemble") or {}, path) for item in mixtures.values()
+        ):
+            raise ValueError(
+                f"assemble.{'.'.join(path)} has no effect: each mixture here ({', '.join(mixtures)}) has a preset of its own; write "
+                f"assemble@mixtures.NAME.assemble=PRESET, or mixtures.NAME.assemble.{'.'.join(path)}=VALUE"
+            )
+
+
+def _leaves(tree: dict, path: tuple[str, ...] = ()) -> list[list[str]]:
+    return [
+        leaf
+        for key, value in tree.items()
+        for leaf in (_leaves(value, (*path, key)) if isinstance(value, dict) and value else [[*path, key]])
+    ]
 
 
 def _branch(name: str, item: Any, defaults: dict) -> Any:
@@ -265,9 +157,15 @@ def _branch(name: str, item: Any, defaults: dict) -> Any:
     return item if item.get("path") else item | {"train": _trained(defaults, item)}
 
 
-def _mixture(item: Any, shared: dict[str, dict]) -> Any:
+def _mixture(name: str, item: Any, shared: dict[str, dict]) -> Any:
     if not isinstance(item, dict):
         return item
+    for key in ("tokens", "proportions"):
+        if item.get("match", "none") != "none" and (own := (item.get("train") or {}).get(key)):
+            raise ValueError(
+                f"mixtures.{name}.train.{key}={own}: match={item['match']} says how many tokens of which domains it gets; leave "
+                f"{key} out, or write match: none"
+            )
     if shared["assemble"]:
         item = item | {"assemble": merged(shared["assemble"], item.get("assemble"))}
     return item | {"train": _trained(shared["mix"], item)}
@@ -278,12 +176,17 @@ def _trained(defaults: dict, item: dict) -> dict | None:
     return None if train.get("tokens") == 0 else train
 
 
-def _dense(dense: dict, shared: dict[str, dict]) -> dict:
+DENSE_TOKENS = {
+    "dense": "the dense continuation gets the tokens of all branches and the longest mixture, domain by domain",
+    "dense_compute": "it gets as many tokens as have the reference mixture's FLOPs, of its domains",
+}
+
+
+def _dense(name: str, dense: dict, shared: dict[str, dict]) -> dict:
     for key in ("tokens", "proportions"):
         if key in dense:
             raise ValueError(
-                f"dense.{key}={dense[key]}: the dense continuation gets the tokens of all branches and the longest "
-                f"mixture, domain by domain, so that the comparison is fair; leave dense.{key} out"
+                f"{name}.{key}={dense[key]}: {DENSE_TOKENS[name]}, so that the comparison is fair; leave {name}.{key} out"
             )
     shares = {"proportions": shared["mix"].get("proportions")}  # a placeholder: the recipe works out the matched ones
     return merged(shared["branch"] | shares, dense)
@@ -315,3 +218,8 @@ def _holds(item: dict, path: list[str]) -> bool:
             return True
         node = node[part]
     return True
+
+
+def plain(cfg: Config) -> dict[str, Any]:
+    """The settings as composed, as JSON has them."""
+    return json.loads(TypeAdapter(Config).dump_json(cfg))

@@ -160,9 +160,11 @@ def _offload(launch: LaunchConfig) -> list[str]:
 
 
 def child_environment() -> Mapping[str, str]:
+    """Of processes that this one starts. They bring their own wandb service, for none may end another's (trackers.py)."""
     root = str(Path(__file__).resolve().parent.parent)  # found from any directory, installed or not
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, STARTED: "1", "PYTHONPATH": path}
+    inherited = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    return {**inherited, STARTED: "1", "PYTHONPATH": path}
 
 
 def make_in_group(launch: LaunchConfig, arguments: list[str], stage: Artifact) -> None:

@@ -85,16 +85,20 @@ def _free_branches(arguments: list[str]) -> list[str]:
     return result
 
 
-def own_arguments() -> list[str]:
-    """What starts this very run again, one run of a sweep too: the command's options and the settings, less `stage`."""
+def own_arguments(tokens: int | None = None) -> list[str]:
+    """What starts this very run again, one run of a sweep too: the command's options and the settings, less `stage`.
+
+    tokens: of the run, if it has some; they stand in place of a budget, which must not be measured again.
+    """
     from hydra.core.hydra_config import HydraConfig
 
     typed, options = sys.argv[1:], []
     for before, argument in zip(["", *typed], typed, strict=False):
         if before in TAKES_A_VALUE or (argument.startswith("-") and argument not in SWEEPS):
             options.append(argument)
-    settings = [one for one in HydraConfig.get().overrides.task if not one.startswith("stage=")]
-    return [*options, *settings]
+    left_out = ("stage=",) if tokens is None else ("stage=", "budget=", "tokens=")
+    settings = [one for one in HydraConfig.get().overrides.task if not one.startswith(left_out)]
+    return [*options, *settings, *([] if tokens is None else ["budget=null", f"tokens={tokens}"])]
 
 
 def swept_keys(arguments: list[str]) -> set[str]:
@@ -117,6 +121,11 @@ def explained(error: Exception) -> str:
     """Hydra's or OmegaConf's complaint, with the names that would have been valid there."""
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
         return _no_such_choice(error.missing_cfg_file, sorted(set(error.options)))
+    if "Could not override 'assemble'" in str(error):
+        return (
+            "assemble=PRESET is for experiments with one mixture; here each has a preset of its own: write "
+            "assemble@mixtures.NAME.assemble=PRESET, with the name of one of them"
+        )
     if isinstance(error, MissingMandatoryValue) and error.full_key:
         return f"{error.full_key}: missing; give it a value ({error.full_key}=...)"
     return _unknown_key(str(error))
@@ -144,7 +153,7 @@ def _unknown_key(message: str) -> str:
     if found is None or "Did you mean" in message:  # Hydra's own guess, at a group's place
         return message
     path = found.group(1).split(".")
-    overrides = [argument for argument in sys.argv[1:] if argument.startswith("experiment=")]
+    overrides = [argument for argument in sys.argv[1:] if argument.startswith(("experiment=", "tasks="))]
     if own := _option(sys.argv[1:], "--config-dir", "-cd"):
         overrides.append(f"hydra.searchpath=[file://{Path(own).absolute()}]")
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):

@@ -21,15 +21,26 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from launch.branches import make_side_by_side, shares, waiting_branches
-from launch.config import Config, build, nearest
-from launch.groups import STARTED, command, drives, make_in_group, member, processes_of, visible_gpus
+from launch.config import Config, build, plain
+from launch.groups import (
+    STARTED,
+    command,
+    drives,
+    launch_file,
+    make_in_group,
+    member,
+    processes_of,
+    strategy_of,
+    visible_gpus,
+)  # fmt: skip
 from launch.overrides import CONF, check_package, explained, own_arguments, rewritten, swept_keys
 from launch.plan import check_sources, check_texts, print_dry_run, print_plan, train_of
 from launch.recipes import Experiment, upcycle
+from upcycle.config import nearest
 from upcycle.directories import check_room
 from upcycle.durable import atomic_directory, write_json
 from upcycle.explain import explain
-from upcycle.phases import check_ranks
+from upcycle.phases import check_ranks, check_strategy
 from upcycle.store import RECORD, Artifact, Run, Store
 from upcycle.team import Team, in_group, leave
 
@@ -43,7 +54,7 @@ def compose(raw: DictConfig) -> None:
     try:
         check_package(raw)
         plain: Any = OmegaConf.to_container(raw, resolve=True, throw_on_missing=True)
-        run(build(plain), Path(HydraConfig.get().runtime.output_dir))
+        run(plain, Path(HydraConfig.get().runtime.output_dir))
     except KeyboardInterrupt:
         if os.environ.get(STARTED) != "1" and os.environ.get("RANK", "0") == "0":  # a group's driver says it, once
             print("\nupcycle: stopped; the same command goes on from there", file=sys.stderr)
@@ -61,18 +72,31 @@ def _announce_job() -> None:
     print(f"\nrun {job.job.num}: {' '.join(one for one in job.overrides.task if one.split('=')[0] in swept)}")
 
 
-def run(cfg: Config, out: Path) -> None:
-    """Plan, compute one stage, or compute everything that is missing and write `out`."""
+def run(raw: dict[str, Any], out: Path) -> None:
+    """Plan, compute one stage, or compute everything that is missing and write `out`. raw: the settings as composed."""
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, 120)  # a pipe has no width; tables must not lose their units in it
     _prepare_environment()
+    if raw.get("budget") is not None:
+        budgeted, budget = _worked_out(raw, out, console)
+    else:
+        budgeted, budget = raw, None
+    cfg = build(budgeted)
     team = member(cfg.launch)
     console.quiet = not team.leads  # one voice for a group; errors come from whom they befall
-    _plan_or_make(cfg, out, team, console)
+    _plan_or_make(cfg, out, team, console, budget)
 
 
-def _plan_or_make(cfg: Config, out: Path, team: Team, console: Console) -> None:
+def _worked_out(raw: dict[str, Any], out: Path, console: Console) -> tuple[dict, dict | None]:
+    """Settings with a budget turned into tokens, measured as the run itself will compute; see `speed.worked_out`."""
+    from launch.speed import worked_out
+
+    threads = (raw.get("launch") or {}).get("threads")
+    return worked_out(raw, out, console, lambda: _prepare_process(threads, console))
+
+
+def _plan_or_make(cfg: Config, out: Path, team: Team, console: Console, budget: dict | None) -> None:
     experiment = upcycle(cfg, Store(cfg.artifacts))
     if cfg.plan:
         print_plan(experiment, console)
@@ -91,12 +115,12 @@ def _plan_or_make(cfg: Config, out: Path, team: Team, console: Console) -> None:
         return
     _check_group(cfg, team, stages)
     if os.environ.get(STARTED) == "1":  # one stage of a run that has a driver
-        compute(cfg, experiment.store, stages, console, team)
+        compute(cfg, experiment.store, stages, console, team, out)
         return
     leads = team.leads and cfg.launch.machine_rank == 0
     if leads:
         check_sources(stages, console)
-        write_manifest(cfg, experiment, out)  # first, so that `upcycle status` sees a run in progress
+        write_manifest(cfg, experiment, out, budget)  # first, so that `upcycle status` sees a run in progress
     compute(cfg, experiment.store, stages, console, team, out)
     if not leads:
         return
@@ -120,10 +144,10 @@ def _prepare_environment() -> None:
 
 def _check_group(cfg: Config, team: Team, stages: list[Artifact]) -> None:
     """Raises ValueError: settings of the launch that cannot be, or batches that its processes cannot share evenly."""
-    ranks, of_branch = team.size, team.size
+    ranks, of_branch, strategy = team.size, team.size, team.strategy
     if drives(cfg.launch):
         if cfg.launch.config is not None:
-            ranks = processes_of(cfg.launch)
+            ranks, strategy = processes_of(cfg.launch), strategy_of(launch_file(cfg.launch))
             command(cfg.launch, [], "")  # for what it raises
         of_branch = shares(cfg.launch)[0]["processes"] if cfg.launch.parallel_branches > 1 else ranks
     for stage in stages:
@@ -131,32 +155,31 @@ def _check_group(cfg: Config, team: Team, stages: list[Artifact]) -> None:
             kind, _, name = stage.name.partition("/")
             where = {"branch": f"branches.{name}.train", "mix": f"mixtures.{name}.train", "seed": "seed.train"}
             check_ranks(train, of_branch if kind == "branch" else ranks, where.get(kind, kind))
+            check_strategy(train, strategy, where.get(kind, kind))
 
 
-def compute(
-    cfg: Config, store: Store, stages: list[Artifact], console: Console, team: Team, out: Path | None = None
-) -> None:
-    """Make what is missing of `stages`, in order; every process of a group calls it. out: of the run that this drives."""
+def compute(cfg: Config, store: Store, stages: list[Artifact], console: Console, team: Team, out: Path) -> None:
+    """Make what is missing of `stages`, in order; every process of a group calls it. out: the run's directory."""
     from launch.track import Tracker
 
     missing = [stage for stage in stages if not stage.finished]
     if missing:
         check_room(store.root)
-        _prepare_process(cfg, console)
-    tracker = Tracker(cfg, console, team)
+        _prepare_process(cfg.launch.threads, console)
+    tracker = Tracker(cfg, console, out, team)
     for stage in stages:
         if team.share(stage.finished):
             store.make(stage, Run(say=lambda text: None, team=team))
             continue
         if "data" in stage.inputs:
             check_texts(stages)
-        driving = out is not None and drives(cfg.launch)
+        driving = drives(cfg.launch)
         if driving and cfg.launch.parallel_branches > 1 and (waiting := waiting_branches(stage, stages)):
-            make_side_by_side(cfg.launch, own_arguments(), waiting, out / "logs", console)
+            make_side_by_side(cfg.launch, own_arguments(cfg.tokens), waiting, out / "logs", console)
         elif driving and cfg.launch.config is not None and stage.together:
-            make_in_group(cfg.launch, own_arguments(), stage)
+            make_in_group(cfg.launch, own_arguments(cfg.tokens), stage)
         else:
-            with tracker.stage(stage.name) as stage_run:
+            with tracker.stage(stage) as stage_run:
                 made = store.make(stage, stage_run)
             _print_made(stage, made, console)
     if store.foreign:
@@ -171,7 +194,7 @@ def _print_made(stage: Artifact, made: bool, console: Console) -> None:
     console.print(f"{stage.name:24} {how} {stage.seconds():7.1f} s  {stage.path.name}", highlight=False)
 
 
-def _prepare_process(cfg: Config, console: Console) -> None:
+def _prepare_process(threads: int | None, console: Console) -> None:
     """Allocator and threads; before torch allocates."""
     import datasets
     import torch
@@ -186,21 +209,17 @@ def _prepare_process(cfg: Config, console: Console) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     if not torch.cuda.is_available() and keep_freed_memory() and os.environ.get(STARTED) != "1":
         console.print("CPU run: freed memory is kept by the process (glibc allocator setting)", highlight=False)
-    if cfg.launch.threads is not None:
-        torch.set_num_threads(cfg.launch.threads)
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
-def write_manifest(cfg: Config, experiment: Experiment, out: Path) -> None:
-    """`manifest.json` (stage -> artifact) and `config.yaml` of this run."""
-    import json
-
-    from pydantic import TypeAdapter
-
+def write_manifest(cfg: Config, experiment: Experiment, out: Path, budget: dict | None) -> None:
+    """`manifest.json` (stage -> artifact; `budget`, how it became tokens) and `config.yaml` of this run."""
     out.mkdir(parents=True, exist_ok=True)
     stages = {name: stage.path.name for name, stage in experiment.store.stages.items()}
-    write_json(out / "manifest.json", stages, sort_keys=False)  # in the order they are made
-    plain = json.loads(TypeAdapter(Config).dump_json(cfg))
-    (out / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain)))
+    said = {"budget": budget} if budget else {"budget": {"tokens": cfg.tokens}} if cfg.tokens else {}
+    write_json(out / "manifest.json", stages | said, sort_keys=False)  # in the order they are made
+    (out / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain(cfg))))
 
 
 def _drop_empty(out: Path) -> None:
@@ -252,12 +271,13 @@ def show_report(report: Artifact, out: Path, console: Console) -> None:
 
     from evals.findings import findings, headline
     from evals.tables import format_table
+    from evals.task_table import format_tasks
 
     for name in ("report.json", "report.html"):
         shutil.copyfile(report.path / name, out / name)
     shutil.copytree(report.path / "figures", out / "figures", dirs_exist_ok=True)
     found = json.loads((out / "report.json").read_text())
-    text = "\n".join([format_table(found), "", headline(found), *findings(found)])
+    text = "\n".join([format_table(found), *format_tasks(found), "", headline(found), *findings(found)])
     console.print(text, highlight=False, markup=False, soft_wrap=True)
     console.print(f"\nreport: {out / 'report.html'}", highlight=False, soft_wrap=True)
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from evals.stages import evaluate_model
+from evals.stages import ablate_model, evaluate_model
+from launch.lineage import Lineage, train_flops
 from launch.recipes import Experiment
 from upcycle.config import TrainConfig
-from upcycle.cost import Shape
 from upcycle.explain import check_family, explain_plan
-from upcycle.stages import assemble_moe, import_model, prepare_seed, train_model
+from upcycle.stages import assemble_moe, draw_moe, import_model, prepare_seed, train_model
 from upcycle.store import Artifact
 
 
@@ -27,18 +27,16 @@ def human(number: float | None, unit: str = "") -> str:
     return f"{number:.3g}{unit}"
 
 
-def stage_cost(experiment: Experiment, stage: Artifact) -> tuple[Shape | None, float | None, int | None]:
-    """(shape of the model it makes or measures, FLOPs of its training, bytes it keeps in memory for it)."""
+def stage_cost(experiment: Experiment, stage: Artifact) -> tuple[Lineage | None, float | None, int | None]:
+    """(lineage of the model it makes or measures, FLOPs of its training, bytes it keeps in memory for it)."""
     _, _, name = stage.name.rpartition("/")
     lineage = experiment.lineages.get(name)
-    if lineage is None or stage.name.startswith(("documents/", "tokens/")):
+    if lineage is None or stage.name.startswith(("documents/", "tokens/", "questions/")):
         return None, None, None
-    shape = lineage.shape
     train = train_of(stage)
     if train is None:  # assembled, merged, evaluated: the weights only
-        return shape, None, shape.parameters * 4
-    flops = train.steps * train.batch_tokens * shape.train_flops_per_token(train.sequence_length)
-    return shape, flops, shape.train_bytes
+        return lineage, None, lineage.parameters * 4
+    return lineage, train_flops(lineage.shape, train), lineage.shape.train_bytes
 
 
 def train_of(stage: Artifact) -> TrainConfig | None:
@@ -56,9 +54,9 @@ def print_plan(experiment: Experiment, console: Console) -> None:
         table.add_column(title, justify="right", no_wrap=True)
     total = 0.0
     for stage in experiment.store.stages.values():
-        shape, flops, size = stage_cost(experiment, stage)
+        model, flops, size = stage_cost(experiment, stage)
         total += 0 if stage.finished else flops or 0
-        counts = (human(shape.parameters), human(shape.active_parameters)) if shape else ("", "")
+        counts = (human(model.parameters), human(model.active_parameters)) if model else ("", "")
         table.add_row(stage.name, stage.state, stage.key[:8], *counts, human(flops), human(size, "B"))
     console.print(table)
     done = sum(stage.finished for stage in experiment.store.stages.values())
@@ -115,7 +113,7 @@ def check_texts(stages: list[Artifact]) -> None:
         if stage.finished or not all(tokens.finished for tokens in data.values()):
             continue
         for tokens in data.values():
-            if stage.function is evaluate_model:
+            if stage.function in (evaluate_model, ablate_model):
                 TokenArray(tokens.path, stage.config.split, sequence_length=2)  # one prediction
             elif train := train_of(stage):
                 TokenArray(tokens.path, "train", train.sequence_length)
@@ -139,10 +137,12 @@ def print_dry_run(experiment: Experiment, console: Console) -> None:
     """
     for name in experiment.mixtures:
         assembly = experiment.store.stages[f"assemble/{name}"]
+        if assembly.function is draw_moe:
+            console.print(f"{name}: every weight is drawn at random; there is nothing to look at", highlight=False)
+            continue
         found = sources(assembly)
-        missing = [
-            stage.name for stage in assembly.parents() if not stage.finished and stage.function is not import_model
-        ]
+        models = [assembly.inputs["seed"], *assembly.inputs["branches"].values()]
+        missing = [stage.name for stage in models if not stage.finished and stage.function is not import_model]
         if missing:
             raise ValueError(
                 f"assemble.dry_run=true: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not trained yet, expected "

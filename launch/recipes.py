@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-from evals.stages import compare_models, evaluate_model
-from launch.config import Config
-from upcycle.batches import consumed_tokens
-from upcycle.config import TrainConfig
-from upcycle.cost import Shape
+from evals.stages import (
+    ablate_model,
+    compare_models,
+    evaluate_ensemble,
+    evaluate_model,
+    greedy_soup,
+    run_tasks,
+    write_questions,
+)
+from evals.suites import planned
+from launch.checks import dense_runs, seed_shape
+from launch.config import Config, plain
+from launch.lineage import Lineage, add, consumed, together
+from launch.matching import matched, reference_name
+from upcycle.config import ContinuationsConfig, TrainConfig
+from upcycle.cost import placed
 from upcycle.directories import fingerprint as model_fingerprint
 from upcycle.directories import resolve
 from upcycle.documents import fingerprint
+from upcycle.init_texts import domains_needed, sources_of
 from upcycle.stages import (
     assemble_moe,
     collect_documents,
+    draw_moe,
     import_model,
     merge_models,
     prepare_seed,
@@ -25,26 +38,6 @@ from upcycle.stages import (
     train_tokenizer,
 )
 from upcycle.store import Artifact, Store
-
-
-@dataclass
-class Lineage:
-    """What a model is and what it took: known from the settings, before anything runs.
-
-    tokens and flops are None for a branch that was brought along: nobody here knows what it cost. A seed that was brought
-    along counts nothing: all models have it in common.
-    """
-
-    shape: Shape
-    tokens: int | None = 0
-    flops: float | None = 0.0
-    stages: list[list[str]] = field(default_factory=list)
-
-    def trained(self, config: TrainConfig, stages: list[str]) -> Lineage:
-        """This lineage after one more training run of `config.steps` steps."""
-        tokens = config.steps * config.batch_tokens
-        flops = tokens * self.shape.train_flops_per_token(config.sequence_length)
-        return Lineage(self.shape, _sum(self.tokens, tokens), _sum(self.flops, flops), [*self.stages, stages])
 
 
 @dataclass
@@ -59,12 +52,12 @@ class Experiment:
 
 
 def upcycle(cfg: Config, store: Store) -> Experiment:
-    """seed -> branches -> soup, dense continuation, mixtures -> evaluations -> report."""
+    """seed -> branches -> soup, mixtures, dense continuations -> evaluations -> report."""
     data, tokenizer = _data(cfg, store) if cfg.seed.path is None else ({}, None)
     seed = _seed(cfg, store, tokenizer, data)
     if cfg.seed.path is not None:
         data, _ = _data(cfg, store, tokenizer=seed)
-    seed_used = _consumed(cfg.seed.train) if cfg.seed.train else {}
+    seed_used = consumed(cfg.seed.train) if cfg.seed.train else {}
     models, kinds, lineages = {"seed": seed}, {"seed": "seed"}, {"seed": _seed_lineage(cfg)}
 
     branches, used = {}, dict(seed_used)
@@ -75,31 +68,57 @@ def upcycle(cfg: Config, store: Store) -> Experiment:
         else:
             branches[name] = _train(store, f"branch/{name}", branch.train, used, seed, data)
             lineages[name] = lineages["seed"].trained(branch.train, [f"branch/{name}"])
-            used = _add(used, _consumed(branch.train))  # the next branch's share of a common domain is other text
+            used = add(used, consumed(branch.train))  # the next branch's share of a common domain is other text
         models[name], kinds[name] = branches[name], "branch"
-    together = _together(cfg, lineages)
 
     if cfg.soup:
         settings = {"method": "average", "include_seed": True}
         models["soup"] = store.stage("soup", merge_models, settings, seed=seed, branches=branches)
-        kinds["soup"], lineages["soup"] = "soup", replace(together, stages=[*together.stages, ["soup"]])
+        kinds["soup"], lineages["soup"] = "soup", _followed(_together(cfg, lineages), "soup")
 
+    if cfg.greedy_soup:
+        chosen = replace(cfg.eval, split="valid", bootstrap_samples=0)  # never the split that it is measured on
+        trained = {name: data[name] for name in cfg.trained_domains}
+        models["greedy_soup"] = store.stage(
+            "greedy_soup", greedy_soup, chosen, seed=seed, branches=branches, data=trained
+        )
+        kinds["greedy_soup"], lineages["greedy_soup"] = "soup", _followed(_together(cfg, lineages), "greedy_soup")
+
+    if cfg.btm is not None:
+        kinds["btm"], lineages["btm"] = "ensemble", replace(_together(cfg, lineages), copies=1 + len(cfg.branches))
+
+    reference = _reference(cfg, lineages)
     for name, mixture in cfg.mixtures.items():
-        assembled = store.stage(f"assemble/{name}", assemble_moe, mixture.assemble, seed=seed, branches=branches)
-        shape = lineages["seed"].shape.assembled(mixture.assemble, len(branches) + mixture.assemble.include_seed)
-        start = replace(together, shape=shape, stages=[*together.stages, [f"assemble/{name}"]])
+        assembled = _assembled(cfg, store, name, seed, branches, data)
+        start, train, skip = _before_training(cfg, name, lineages), mixture.train, used
         models[name], kinds[name], lineages[name] = assembled, mixture.kind, start
-        if mixture.train is not None:
-            models[name] = _train(store, f"mix/{name}", mixture.train, used, assembled, data)
-            lineages[name] = start.trained(mixture.train, [f"mix/{name}"])
+        if train is not None and mixture.match != "none":
+            train = matched(train, mixture.match, start, reference, f"mixtures.{name}.train")
+            skip = start.domains or {}  # what is behind it; so copies of the seed read what branches and reference read
+        if train is not None:
+            models[name] = _train(store, f"mix/{name}", train, skip, assembled, data)
+            lineages[name] = start.trained(train, [f"mix/{name}"])
 
-    if cfg.dense is not None:
-        dense = _dense(cfg)
-        models["dense"] = _train(store, "dense", dense, seed_used, seed, data)
-        kinds["dense"], lineages["dense"] = "dense", lineages["seed"].trained(dense, ["dense"])
+    for name, train in _dense(cfg, lineages["seed"], reference).items():
+        models[name] = _train(store, name, train, seed_used, seed, data)
+        kinds[name], lineages[name] = "dense", lineages["seed"].trained(train, [name])
 
     mixtures = {name: models[name] for name in cfg.mixtures}
     return Experiment(store, lineages, mixtures, _measured(cfg, store, models, kinds, lineages, data))
+
+
+def _assembled(
+    cfg: Config, store: Store, name: str, seed: Artifact, branches: dict[str, Artifact], data: dict[str, Artifact]
+) -> Artifact:
+    """A mixture as assembled; the domains that its routers start from, if they do, are inputs too. One from scratch takes
+    the seed's config and tokenizer, and no weights."""
+    choice = cfg.mixtures[name].assemble
+    if cfg.mixtures[name].scratch:
+        drawn = {"assemble": choice, "branches": list(cfg.branches)}
+        return store.stage(f"assemble/{name}", draw_moe, drawn, seed=seed)
+    domains = domains_needed(choice, sources_of(choice, branches), cfg.trained_domains)
+    texts = {"data": {domain: data[domain] for domain in domains}} if domains else {}
+    return store.stage(f"assemble/{name}", assemble_moe, choice, seed=seed, branches=branches, **texts)
 
 
 def _measured(
@@ -110,26 +129,78 @@ def _measured(
     lineages: dict[str, Lineage],
     data: dict[str, Artifact],
 ) -> Artifact | None:
-    """Every model on every domain, and the report that compares them; None without domains."""
+    """Every model on every domain and task, and the report that compares them; None without domains."""
+    tasks = _tasks(cfg, store, models)
     if not data:
         return None
     measured = replace(cfg.eval, bootstrap_samples=0)  # the report's business
+    started = {
+        name: {"assembled": store.stages[f"assemble/{name}"]}
+        for name, one in cfg.mixtures.items()
+        if one.train is not None
+    }
     evaluations = {
-        name: store.stage(f"eval/{name}", evaluate_model, measured, model=model, data=data)
+        name: store.stage(f"eval/{name}", evaluate_model, measured, model=model, data=data, **started.get(name, {}))
         for name, model in models.items()
     }
+    if cfg.btm is not None:
+        members = {name: models[name] for name in ("seed", *cfg.branches)}
+        ensemble = {"eval": measured, "top_k": cfg.btm.top_k}
+        evaluations["btm"] = store.stage("eval/btm", evaluate_ensemble, ensemble, models=members, data=data)
+    ablations = {}
+    if cfg.ablation is not None:
+        less = replace(measured, max_tokens=cfg.ablation.max_tokens or measured.max_tokens)
+        ablations = {
+            name: store.stage(f"ablation/{name}", ablate_model, less, model=models[name], data=data)
+            for name in cfg.mixtures
+        }
     settings = {
         "experiment": cfg.name,
-        "rows": [_row(cfg, name, kinds[name], lineages[name]) for name in models],
+        "rows": [_row(cfg, name, kinds[name], lineages[name]) for name in evaluations],
         "domains": {name: domain.trained for name, domain in cfg.domains.items()},
         "baseline": "dense" if cfg.dense is not None else None,
+        "reference": reference_name(cfg),
         "settings": {
             "rng_seed": cfg.rng_seed,
             "artifacts": {name: stage.key[:8] for name, stage in store.stages.items()},
         },
         "eval": cfg.eval,
     }
-    return store.stage("report", compare_models, settings, evaluations=evaluations, stages=dict(store.stages))
+    more = tasks | ({"ablations": ablations} if ablations else {})
+    composed = {"composed": plain(cfg)}  # how it was run is told, and makes no other report
+    made = dict(store.stages)
+    return store.stage("report", compare_models, settings, None, composed, evaluations=evaluations, stages=made, **more)
+
+
+def _questions(cfg: Config, store: Store, documents: dict[str, Artifact]) -> None:
+    """The questions of every domain that has any, right after its documents: too few of these stop the run there."""
+    if cfg.tasks is None:
+        return
+    for one in planned(cfg.tasks, list(cfg.domains)):
+        if one.domain is not None:
+            settings = {
+                "domain": one.domain,
+                "split": cfg.eval.split,
+                "continuations": cfg.tasks.continuations,
+                "near_duplicate_similarity": cfg.data.near_duplicate_similarity,
+            }
+            store.stage(f"questions/{one.domain}", write_questions, settings, documents=documents[one.domain])
+
+
+def _tasks(cfg: Config, store: Store, models: dict[str, Artifact]) -> dict[str, dict[str, Artifact]]:
+    """{"tasks": every model's stage by name}; nothing where no task is wanted, so that the report's key stays as it was."""
+    if cfg.tasks is None:
+        return {}
+    questions = {
+        domain: store.stages[f"questions/{domain}"] for domain in cfg.domains if f"questions/{domain}" in store.stages
+    }
+    settings = replace(cfg.tasks, continuations=ContinuationsConfig())  # the questions' business
+    return {
+        "tasks": {
+            name: store.stage(f"tasks/{name}", run_tasks, settings, model=model, questions=questions)
+            for name, model in models.items()
+        }
+    }
 
 
 def _data(cfg: Config, store: Store, tokenizer: Artifact | None = None) -> tuple[dict[str, Artifact], Artifact]:
@@ -138,6 +209,7 @@ def _data(cfg: Config, store: Store, tokenizer: Artifact | None = None) -> tuple
     for name, domain in cfg.domains.items():
         keyed, outside = {"domain": replace(domain, num_proc=None), "data": cfg.data}, {"num_proc": domain.num_proc}
         documents[name] = store.stage(f"documents/{name}", collect_documents, keyed, fingerprint(domain), outside)
+    _questions(cfg, store, documents)
     if tokenizer is None:
         assert cfg.seed.tokenizer is not None
         sources = {name: documents[name] for name in cfg.seed.tokenizer.proportions}
@@ -174,56 +246,60 @@ def _train(
     return store.stage(name, train_model, settings, model=model, data=used)
 
 
-def _consumed(train: TrainConfig) -> dict[str, int]:
-    sequences = train.steps * train.batch_sequences
-    return consumed_tokens(train.proportions, train.rng_seed, train.sequence_length, sequences)
+def _before_training(cfg: Config, name: str, lineages: Mapping[str, Lineage]) -> Lineage:
+    """An assembled mixture: what its experts' models took (nothing, where it is drawn), and its own shape."""
+    choice, seed = cfg.mixtures[name].assemble, lineages["seed"].shape
+    if cfg.mixtures[name].scratch:
+        return Lineage(seed.assembled(choice, list(cfg.branches)), stages=[[f"assemble/{name}"]])
+    models = placed(seed, choice, list(cfg.branches)).models
+    start = together(lineages["seed"], {one: lineages[one] for one in cfg.branches if one in models})
+    return _followed(replace(start, shape=seed.assembled(choice, list(cfg.branches))), f"assemble/{name}")
 
 
-def _add(used: dict[str, int], more: dict[str, int]) -> dict[str, int]:
-    return {domain: used.get(domain, 0) + more.get(domain, 0) for domain in {*used, *more}}
+def _together(cfg: Config, lineages: Mapping[str, Lineage]) -> Lineage:
+    return together(lineages["seed"], {name: lineages[name] for name in cfg.branches})
 
 
-def _together(cfg: Config, lineages: dict[str, Lineage]) -> Lineage:
-    """All branches: their tokens and FLOPs add up, the seed's counted once; they can run side by side."""
-    seed, branches = lineages["seed"], [lineages[name] for name in cfg.branches]
-    return Lineage(
-        seed.shape,
-        _sum(seed.tokens, *(_sum(branch.tokens, seed.tokens, sign=-1) for branch in branches)),
-        _sum(seed.flops, *(_sum(branch.flops, seed.flops, sign=-1) for branch in branches)),
-        [*seed.stages, [f"branch/{name}" for name in cfg.branches]],
-    )
+def _followed(lineage: Lineage, stage: str) -> Lineage:
+    """The lineage after a stage that trains nothing."""
+    return replace(lineage, stages=[*lineage.stages, [stage]])
 
 
-def _sum(first: Any, *more: Any, sign: int = 1) -> Any:
-    """first + sign · (the rest); None if any of them is."""
-    return None if first is None or None in more else first + sign * sum(more)
+def _reference(cfg: Config, lineages: Mapping[str, Lineage]) -> Lineage | None:
+    """The mixture that others are matched to, as trained."""
+    name = reference_name(cfg)
+    if name is None:
+        return None
+    train = cfg.mixtures[name].train
+    assert train is not None
+    return _before_training(cfg, name, lineages).trained(train, [f"mix/{name}"])
 
 
-def _dense(cfg: Config) -> TrainConfig:
-    """Dense continuation: one model on as many tokens of each domain as branches and (the longest) mixture together."""
-    assert cfg.dense is not None
-    runs = [branch.train for branch in cfg.branches.values() if branch.train]
-    if mixtures := [mixture.train for mixture in cfg.mixtures.values() if mixture.train]:
-        runs.append(max(mixtures, key=lambda train: train.tokens))
-    tokens: dict[str, int] = {}
-    for run in runs:
-        tokens = _add(tokens, _consumed(run))
-    total = sum(tokens.values())
-    return replace(cfg.dense, tokens=total, proportions={domain: count / total for domain, count in tokens.items()})
+def _dense(cfg: Config, seed: Lineage, reference: Lineage | None) -> dict[str, TrainConfig]:
+    """Dense continuations of the seed: `dense` on as many tokens of each domain as branches and (the longest) mixture
+    together, `dense_compute` with as many FLOPs as the reference mixture."""
+    found = {}
+    if cfg.dense is not None:
+        tokens: dict[str, int] = {}
+        for run in dense_runs(cfg):
+            tokens = add(tokens, consumed(run))
+        total = sum(tokens.values())
+        shares = {domain: count / total for domain, count in tokens.items()}
+        found["dense"] = replace(cfg.dense, tokens=total, proportions=shares)
+    if cfg.dense_compute is not None:
+        found["dense_compute"] = matched(cfg.dense_compute, "compute", seed, reference, "dense_compute")
+    return found
 
 
 def _seed_lineage(cfg: Config) -> Lineage:
-    if cfg.seed.path is not None:
-        config = json.loads((resolve(cfg.seed.path) / "config.json").read_text())
-        return Lineage(Shape.of_config(config), stages=[["seed"]])
-    assert cfg.seed.train is not None and cfg.seed.tokenizer is not None
-    sizes = {**cfg.seed.sizes, "model_type": cfg.seed.architecture, "vocab_size": cfg.seed.tokenizer.vocab_size}
-    return Lineage(Shape.of_config(sizes)).trained(cfg.seed.train, ["seed"])
+    if cfg.seed.train is None:
+        return Lineage(seed_shape(cfg.seed), stages=[["seed"]])
+    return Lineage(seed_shape(cfg.seed)).trained(cfg.seed.train, ["seed"])
 
 
 def _row(cfg: Config, name: str, kind: str, lineage: Lineage) -> dict[str, Any]:
     own = (
-        {"dense": cfg.dense}
+        {"dense": cfg.dense, "dense_compute": cfg.dense_compute}
         | {n: b.train for n, b in cfg.branches.items()}
         | {n: m.train for n, m in cfg.mixtures.items()}
     )
@@ -231,10 +307,12 @@ def _row(cfg: Config, name: str, kind: str, lineage: Lineage) -> dict[str, Any]:
     return {
         "name": name,
         "kind": kind,
-        "parameters": lineage.shape.parameters,
-        "active_parameters": lineage.shape.active_parameters,
+        "parameters": lineage.parameters,
+        "active_parameters": lineage.active_parameters,
         "train_tokens": lineage.tokens,
+        "train_domains": lineage.domains,
         "train_flops": lineage.flops,
         "stages": lineage.stages,
         "learning_rate": train.lr if train else None,
+        "flops_per_token": lineage.shape.train_flops_per_token(train.sequence_length) if train else None,
     }

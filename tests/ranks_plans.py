@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
-from upcycle import modeling
+from upcycle import kernels, modeling
 
 LAYOUTS: dict[str, dict] = {
     "tp": {"tp_size": 2},
@@ -37,7 +37,7 @@ FAULTS = {
     "own_heads_only": lambda: mock.patch("torch.distributed.tensor.Partial", Replicate),
     # Each rank adds the whole last bias of an expert, and the sum over ranks has it twice.
     "bias_twice": lambda: mock.patch.object(
-        modeling._SeenExperts, "__getattr__", lambda self, name: getattr(self._experts, name)
+        kernels._SeenExperts, "__getattr__", lambda self, name: getattr(self._experts, name)
     ),
     # Each rank's experts saw the tokens of both ranks; their gradients are not divided by two.
     "undivided_experts": nullcontext,

@@ -16,11 +16,13 @@ import upcycle
 from tests import reference
 from tests.tiny import dense_models, routers_of, tokens
 from upcycle import merge, routing
-from upcycle.assembly import fresh_router, plan_pieces, write_merged, write_mixture
+from upcycle.assembly import plan_pieces, write_merged, write_mixture
 from upcycle.checkpoint import Checkpoint
-from upcycle.config import AssembleConfig, RouterConfig
+from upcycle.mixture_config import AssembleConfig
 from upcycle.modeling import UpcycledForCausalLM
 from upcycle.proof import prove
+from upcycle.router_config import InitConfig, RouterConfig
+from upcycle.router_init import drawn_rows
 
 MIXTURES = [("merged", "expert"), ("mixture", "expert"), ("mixture", "shared")]
 NAMES = ("seed", "code", "law")
@@ -44,7 +46,7 @@ def assemble(sources, out, **choices):
 
 @pytest.mark.parametrize(("attention", "kv"), MIXTURES)
 def test_mixture_on_disk_equals_the_reference_mixture(sources, tmp_path, attention, kv):
-    assemble(sources, tmp_path / "moe", attention=attention, kv=kv, router=RouterConfig(init_std=0.5))
+    assemble(sources, tmp_path / "moe", attention=attention, kv=kv, router=RouterConfig(init=InitConfig(std=0.5)))
     ours = UpcycledForCausalLM.from_pretrained(tmp_path / "moe").eval()
     dense = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).eval() for path in sources.values()]
     attention_routers = [w.double() for w in routers_of(ours, "attention")] or None
@@ -134,13 +136,13 @@ def test_dtype_is_the_seeds_or_the_one_asked_for(sources, tmp_path):
     prove(tmp_path / "moe", sources)
 
 
-def test_fresh_routers_depend_on_name_and_rng_seed_only():
-    a, b = AssembleConfig(rng_seed=1), AssembleConfig(rng_seed=2)
-    assert torch.equal(fresh_router((3, 8), "x", a), fresh_router((3, 8), "x", a))
-    assert not torch.equal(fresh_router((3, 8), "x", a), fresh_router((3, 8), "y", a))
-    assert not torch.equal(fresh_router((3, 8), "x", a), fresh_router((3, 8), "x", b))
-    assert fresh_router((400, 400), "x", a).std() == pytest.approx(0.02, rel=0.02)
-    assert not fresh_router((3, 8), "x", AssembleConfig(router=RouterConfig(init="zeros"))).any()
+def test_drawn_routers_depend_on_name_and_rng_seed_only():
+    normal = InitConfig()
+    assert torch.equal(drawn_rows((3, 8), "x", normal, 1), drawn_rows((3, 8), "x", normal, 1))
+    assert not torch.equal(drawn_rows((3, 8), "x", normal, 1), drawn_rows((3, 8), "y", normal, 1))
+    assert not torch.equal(drawn_rows((3, 8), "x", normal, 1), drawn_rows((3, 8), "x", normal, 2))
+    assert drawn_rows((400, 400), "x", normal, 1).std() == pytest.approx(0.02, rel=0.02)
+    assert not drawn_rows((3, 8), "x", InitConfig(kind="zeros"), 1).any()
 
 
 def test_soup_is_the_average(sources, tmp_path):
@@ -165,7 +167,7 @@ def test_one_call_makes_and_proves_a_mixture(sources, tmp_path):
     with pytest.raises(ValueError, match="method='bamm' is not known; expected one of bam, "):
         upcycle.assemble(seed=sources["seed"], branches=branches, out=tmp_path / "x", method="bamm")
     with pytest.raises(
-        ValueError, match=r"num_experts_per_tok=5 is not between 1 and the 3 experts \(seed, code, law\)"
+        ValueError, match=r"num_experts_per_tok\)=5 is not between 1 and the 3 experts \(seed, code, law\)"
     ):
         upcycle.assemble(seed=sources["seed"], branches=branches, out=tmp_path / "x", router={"top_k": 5})
     assert not (tmp_path / "x").exists()
@@ -287,9 +289,10 @@ def test_proof_fails_when_gates_break_their_promise(sources, tmp_path, monkeypat
             prove(tmp_path / "moe", sources)
 
 
-@pytest.mark.parametrize("wrong", [lambda tensors: sum(tensors), lambda tensors: tensors[-1].float()])
+@pytest.mark.parametrize("wrong", [sum, lambda tensors: tensors[-1].float()])
 def test_proof_fails_when_the_rest_is_not_the_average(sources, tmp_path, monkeypatch, wrong):
-    monkeypatch.setitem(merge.METHODS, "average", wrong)
+    of_merging = lambda merging: wrong([member.tensor for member in merging.members.values()])  # noqa: E731
+    monkeypatch.setitem(merge.METHODS, "average", of_merging)
     assemble(sources, tmp_path / "moe")
     with pytest.raises(ValueError, match="is not the average of"):
         prove(tmp_path / "moe", sources)

@@ -18,14 +18,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import upcycle
-from launch.config import _check_checkpoint
+from launch.checks import _check_checkpoint
 from tests.tiny import dense_models
 from upcycle.assembly import write_mixture
 from upcycle.batches import TokenArray
 from upcycle.checkpoint import Checkpoint, CheckpointWriter, import_checkpoint
-from upcycle.config import AssembleConfig, DataConfig, DomainConfig
+from upcycle.config import DataConfig, DomainConfig
 from upcycle.data import collect_domain
 from upcycle.directories import check_room, fingerprint, model_files
+from upcycle.mixture_config import AssembleConfig
 from upcycle.stages import import_model
 from upcycle.store import Run, Store
 
@@ -81,8 +82,7 @@ BROKEN = {
     ),
     "not a config": (
         lambda path: (path / "config.json").write_text("nonsense"),
-        "branches.code.path={path}: {path}/config.json names no model_type, expected a Hugging Face config; save the model "
-        "again",
+        "branches.code.path={path}: {path}/config.json: not whole JSON (Expecting value: line 1 column 1 (char 0)); copy it again",
     ),
     "another config": (
         lambda path: (path / "config.json").write_text('["model_type"]'),

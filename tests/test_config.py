@@ -12,10 +12,12 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from launch.config import _check_dense, build
+from launch.checks import OWN_NAMES, _check_dense
+from launch.config import build
 from launch.recipes import upcycle
-from upcycle.config import ARCHITECTURES, GROUPS, RouterConfig
+from upcycle.config import ARCHITECTURES, GROUPS
 from upcycle.families import FAMILIES
+from upcycle.router_config import RouterConfig
 from upcycle.store import Store
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,7 +52,7 @@ SIZES = (
     "attention_bias, hidden_act, rotary_pct, use_parallel_residual, initializer_range, attention_dropout, hidden_dropout"
 )
 IMPORTED = {"seed.path": "here", "seed.architecture": None}
-OWN = "expected names that are all different (and none of seed, soup, dense, oracle); rename"
+OWN = "expected names that are all different (and none of seed, soup, greedy_soup, btm, dense, dense_compute, oracle); rename"
 REST = "leave out steps and tokens in the last phase to give it the rest"
 MISTAKES = {
     "unknown family": (
@@ -207,6 +209,20 @@ MISTAKES = {
         "mixtures.btx.assemble: kv=shared has no effect with attention=merged, which has one attention and so one set of "
         "keys and values; write kv=expert, or attention=mixture for attention experts that share keys and values",
     ),
+    "windows beyond the positions": (
+        {"eval.sequence_length": 4096},
+        "eval.sequence_length=4096 exceeds the seed's 1024 positions; expected at most as many; shorten it, or take a seed that "
+        "reads longer text",
+    ),
+    "training beyond the positions": (
+        {"branch.sequence_length": 1025},
+        "branch.sequence_length=1025 exceeds the seed's 1024 positions; expected at most as many; shorten it, or "
+        "take a seed that reads longer text",
+    ),
+    "a stride with holes": (
+        {"eval.stride": 129},
+        "eval: stride=129 leaves tokens out between windows of sequence_length=128; expected at most that, or null",
+    ),
     "soft top-2": (
         {"mixtures.btx.assemble.router.kind": "soft"},
         "mixtures.btx.assemble.router: top_k=2 has no effect with kind=soft, where every expert sees every token; "
@@ -218,7 +234,7 @@ MISTAKES |= {
         {f"branches.{name}": {"train": {"proportions": {"code": 1.0}}}},
         f"branches.{name}: that name belongs to a model of every report, {OWN} branches.{name}",
     )
-    for name in ("seed", "soup", "dense", "oracle")
+    for name in OWN_NAMES
 }
 
 
@@ -241,15 +257,15 @@ def test_a_mixture_needs_a_name_of_its_own(name, owner):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("{}", "names no model_type, expected a Hugging Face config; save the model again"),
-        ("nonsense", "names no model_type, expected a Hugging Face config; save the model again"),
+        ("{}", " names no model_type, expected a Hugging Face config; save the model again"),
+        ("nonsense", ": not whole JSON (Expecting value: line 1 column 1 (char 0)); copy it again"),
     ],
 )
 def test_a_directory_without_a_models_config_is_refused(tmp_path, config, message):
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(ValueError) as error:
         build(settings({"branches.code": {"path": str(tmp_path)}}))
-    assert str(error.value) == f"branches.code.path={tmp_path}: {tmp_path / 'config.json'} {message}"
+    assert str(error.value) == f"branches.code.path={tmp_path}: {tmp_path / 'config.json'}{message}"
 
 
 def test_a_checkpoint_is_taken(tmp_path):
@@ -283,7 +299,7 @@ def test_a_phase_keeps_its_own_rate():
 def test_dense_phases_are_laid_over_the_tokens_that_the_recipe_gives(monkeypatch):
     """The config's sum of tokens is the recipe's."""
     seen = []
-    monkeypatch.setattr("launch.config.plan_phases", lambda train, where: seen.append((where, train)))
+    monkeypatch.setattr("launch.checks.plan_phases", lambda train, where: seen.append((where, train)))
     cfg = build(settings({}))
     seen.clear()
     _check_dense(cfg)

@@ -6,10 +6,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import FAMILY_CONFIGS, dense_config
-from upcycle.config import AssembleConfig, RouterConfig
 from upcycle.configuration import UpcycledConfig
 from upcycle.cost import Shape
+from upcycle.mixture_config import AssembleConfig
 from upcycle.modeling import UpcycledForCausalLM
+from upcycle.router import RoutingTrace
+from upcycle.router_config import RouterConfig
+from upcycle.routing import ROUTERS
 
 MIXTURES = [("merged", "expert"), ("mixture", "expert"), ("mixture", "shared")]
 
@@ -57,11 +60,28 @@ def test_mixture_parameters_are_exact(kind, attention, kv):
     assert shape.active_parameters == shape.parameters - (3 - config.num_experts_per_tok) * per_expert
 
 
+@pytest.mark.parametrize("kind", sorted(ROUTERS))
+def test_active_parameters_are_those_of_the_experts_that_tokens_take(kind):
+    """As many places as each layer's router gives a token; a router without weights has none to count."""
+    seed, options = dense_config("llama"), {"num_experts_per_tok": 2}
+    config = UpcycledConfig(seed=seed.to_dict(), experts=["seed", "a", "b"], router=kind, **options)
+    model = UpcycledForCausalLM._from_config(config).eval()
+    trace = RoutingTrace(expert_B=torch.zeros(1, dtype=torch.long))
+    model(torch.ones(1, 4, dtype=torch.long), trace=trace)
+    one = sum(p[0].numel() for n, p in model.named_parameters() if ".layers.0." in n and ".experts." in n)
+    idle = sum(3 - routing.experts.shape[1] for routing in trace.of("ffn"))
+    shape, choice = Shape.of_config(config.to_dict()), "top_k" if "softmax" in kind else kind
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    assert shape.active_parameters == shape.parameters - idle * one
+    router = RouterConfig(kind=choice, top_k=2 if choice in ("top_k", "expert_choice") else 1)
+    assert Shape.of_config(seed.to_dict()).assembled(AssembleConfig(router=router), ["a", "b"]) == shape
+
+
 def test_settings_and_saved_config_give_one_shape():
     seed = dense_config("llama")
     choice = AssembleConfig(router=RouterConfig(top_k=2), attention="mixture", kv="shared")
     config = UpcycledConfig(seed=seed.to_dict(), experts=["a", "b", "c"], attention="mixture", kv="shared")
-    assert Shape.of_config(seed.to_dict()).assembled(choice, 3) == Shape.of_config(config.to_dict())
+    assert Shape.of_config(seed.to_dict()).assembled(choice, ["b", "c"]) == Shape.of_config(config.to_dict())
 
 
 @pytest.mark.parametrize("attention", ["merged", "mixture"])

@@ -6,12 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from evals.perplexity import evaluate, whole_documents, windows
-from evals.routing import mutual_information, shuffled_information
+from evals.microscope import Vocabulary
+from evals.perplexity import evaluate, whole_documents
+from evals.routing import RoutingCounter, shuffled_information
+from evals.windows import inputs_and_labels, window_starts
 from tests.domains import two_domains
+from tests.reference import windows
 from tests.tiny import VOCAB, dense_models, mixture_of
 from upcycle.batches import TokenArray
 from upcycle.config import EvalConfig
+from upcycle.health import mutual_information
+from upcycle.router import RoutingTrace
 
 
 @pytest.fixture(scope="module")
@@ -23,27 +28,36 @@ def settings(**changes):
     return EvalConfig(**dict(sequence_length=16, batch_sequences=4, bootstrap_samples=10) | changes)
 
 
-def ignore(done, total):
+def ignore(done, total, doing):
     pass
 
 
-def test_windows_predict_every_token_but_the_first_exactly_once():
-    for length in (2, 16, 17, 18, 33, 40):
+@pytest.mark.parametrize("stride", [1, 5, 15, 16])
+def test_windows_equal_a_loop_and_predict_every_token_but_the_first_exactly_once(stride):
+    for length in (2, 5, 16, 17, 18, 22, 33, 40):
         tokens = np.arange(length)
-        pairs = list(windows(tokens, 16))
-        targets = np.concatenate([labels[labels >= 0] for _, labels in pairs])
-        assert targets.tolist() == list(range(1, length))
-        for inputs, labels in pairs:
-            assert all(label == token + 1 for token, label in zip(inputs, labels, strict=True) if label >= 0)
+        starts = window_starts(length - 1, 16, stride)
+        inputs, labels = inputs_and_labels(tokens, starts, 16, stride)
+        slow_inputs, slow_labels = zip(*windows(tokens, 16, stride), strict=True)
+        np.testing.assert_array_equal(inputs, slow_inputs)
+        np.testing.assert_array_equal(labels, slow_labels)
+        assert labels[labels >= 0].tolist() == list(range(1, length))
+        assert (labels == inputs + 1)[labels >= 0].all()
 
 
-def test_nats_per_document_equal_a_loop_over_tokens(data):
+@pytest.mark.parametrize("stride", [None, 5])
+def test_nats_per_document_equal_a_loop_over_tokens(data, stride):
+    """Every token from the 16 before it, or as many as its window has: with a stride of 5 at least 11."""
     model = dense_models("llama", 1, dtype=torch.float32)[0]
-    result, documents = evaluate(model, data, settings(), ignore)
+    steps = []
+    result, documents = evaluate(
+        model, data, settings(stride=stride), lambda done, total, doing: steps.append((done, total))
+    )
+    assert steps == sorted(steps) and steps[-1][0] == steps[-1][1] and result["stride"] == (stride or 16)
     array = TokenArray(data["low"], "test")
     tokens, expected = array.tokens.astype(np.int64), np.zeros(len(array.bytes))
     for position in range(1, len(tokens)):
-        start = (position - 1) // 16 * 16
+        start = max(0, -(-(position - 16) // (stride or 16)) * (stride or 16))
         logits = model(torch.from_numpy(tokens[start:position])[None]).logits[0, -1]
         document = np.searchsorted(array.offsets, position, side="right") - 1
         expected[document] -= logits.log_softmax(-1)[tokens[position]].item()
@@ -71,6 +85,13 @@ def test_batch_size_changes_nothing_and_auxiliary_losses_never_count(data, atten
         found, _ = evaluate(model, data, settings(batch_sequences=size), ignore)
         for name, domain in found["domains"].items():
             assert domain["nats"] == pytest.approx(reference["domains"][name]["nats"], rel=1e-5)
+
+
+def test_a_stride_that_leaves_tokens_out_is_refused():
+    with pytest.raises(
+        ValueError, match="stride=17 leaves tokens out between windows of sequence_length=16.*at most that"
+    ):
+        settings(stride=17)
 
 
 def test_max_tokens_takes_whole_documents_from_the_start(data):
@@ -118,6 +139,52 @@ def test_routing_of_a_constructed_model_is_seen(data):
         assert found["share"]["high"][layer][1] == pytest.approx((inputs != 2).mean(), abs=1e-6)
         assert found["entropy"]["high"][layer] < 1e-3
         assert found["mutual_information"][layer] > 3 * max(found["shuffled"][layer])
+
+
+@pytest.mark.parametrize("stride", [None, 5])
+def test_windows_belong_to_the_document_of_their_first_prediction_and_domains_share_none(data, stride):
+    model = mixture_of(dense_models("llama", 3, dtype=torch.float32))
+    counter = RoutingCounter(model.config, Vocabulary(np.arange(VOCAB)), settings(stride=stride))
+    seen: list[int] = []
+    for domain in ("low", "high"):
+        array, first = TokenArray(data[domain], "test"), []
+        counter.start(domain, array.tokens, array.offsets)
+        place = 0
+        for _, labels in windows(array.tokens, 16, stride):
+            first.append(max(number for number, start in enumerate(array.offsets[:-1]) if start <= place))
+            place += int((labels >= 0).sum())
+        offset = max(seen, default=-1) + 1
+        seen += [number + offset for number in first]
+    assert np.concatenate(counter.documents).tolist() == seen
+
+
+@pytest.mark.parametrize("side", ["ffn", "both"])
+def test_an_oracle_sends_every_domain_to_its_own_expert(data, side):
+    """A domain with a branch to that expert, any other to the seed's: the figures of forced routing."""
+    models = dense_models("llama", 3, dtype=torch.float32)
+    choices = {"expert_sources": ["seed", "code", "high"], "attention": "mixture"}
+    routers = {"router": "oracle"} | ({"attention_router": {"kind": "oracle"}} if side == "both" else {})
+    oracle, _ = evaluate(mixture_of(models, **choices, **routers), data, settings(), ignore)
+    shares = oracle["routing"]["ffn"]["share"]
+    assert shares["low"] == [[1.0, 0.0, 0.0]] * 2 and shares["high"] == [[0.0, 0.0, 1.0]] * 2
+    if side == "both":
+        forced = mixture_of(models, attention="mixture")
+        for domain, expert in (("low", 0), ("high", 2)):
+            tokens = torch.from_numpy(TokenArray(data[domain], "test").tokens.astype(np.int64))
+            nats = 0.0
+            for inputs, labels in windows(tokens.numpy(), 16):
+                ids, targets = inputs[None], labels
+                logits = forced(ids, trace=RoutingTrace(forced=expert)).logits[0]
+                nats += torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum").item()
+            assert oracle["domains"][domain]["nats"] == pytest.approx(nats, rel=1e-5)
+
+
+def test_an_oracle_without_an_expert_for_a_domain_is_refused(data):
+    model = mixture_of(
+        dense_models("llama", 3, dtype=torch.float32), router="oracle", expert_sources=["law", "code", "high"]
+    )
+    with pytest.raises(ValueError, match="an oracle router has no expert for domain 'low'.*include the seed"):
+        evaluate(model, data, settings(), ignore)
 
 
 def test_indifferent_routers_have_entropy_log_e_and_no_information(data):

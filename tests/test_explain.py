@@ -15,10 +15,11 @@ import upcycle
 from launch.cli import explain as explain_word
 from tests.tiny import dense_models
 from upcycle.checkpoint import Checkpoint
-from upcycle.config import AssembleConfig, RouterConfig
 from upcycle.cost import Shape
 from upcycle.explain import explain, explain_plan
+from upcycle.mixture_config import AssembleConfig
 from upcycle.modeling import UpcycledForCausalLM
+from upcycle.router_config import RouterConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 MIXTURES = [("merged", "expert"), ("mixture", "expert"), ("mixture", "shared")]
@@ -126,8 +127,9 @@ def test_the_table_has_a_line_for_each_kind_of_tensor(mixture):
     lines = explain(mixture).text().splitlines()
     assert lines[:3] == [f"mixture     {mixture}", "family      llama, 2 layers", "experts     0 seed, 1 code, 2 law"]
     assert "routers     softmax_topk, top 1 of 3, gate_scale straight_through" in lines
-    assert "balance     switch, coefficient 0.01, per sequence; z-loss coefficient 0.001" in lines
+    assert "losses      balance switch, coefficient 0.01, per sequence; z, coefficient 0.001" in lines
     assert "attention   mixture of 3, kv expert" in lines
+    assert "  routers   soft, every expert in every token, gate_scale none" in lines
     (proof,) = [line for line in lines if line.startswith("proof ")]
     assert "one hot errors at most " in proof and "mean gate sum 1" in proof
     table = [line.split(maxsplit=6) for line in lines[lines.index("") + 2 :]]

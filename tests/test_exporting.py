@@ -12,17 +12,27 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 import upcycle
-from tests.tiny import assert_same_tensors, dense_config, dense_models, gradients_of, left_padding, mixture_of, tokens
+from tests.routers import CASES
+from tests.tiny import (
+    assert_same_tensors,
+    dense_config,
+    dense_models,
+    gradients_of,
+    left_padding,
+    mixture_of,
+    route,
+    tokens,
+)
 from upcycle import exporting
 from upcycle.assembly import write_mixture
 from upcycle.card import read_facts
 from upcycle.checkpoint import Checkpoint
-from upcycle.config import AssembleConfig
 from upcycle.configuration import UpcycledConfig
 from upcycle.losses import router_losses
+from upcycle.mixture_config import AssembleConfig
 from upcycle.modeling import UpcycledForCausalLM
-from upcycle.native import gates_sum_to_one, obstacles
-from upcycle.routing import GATE_SCALES, ROUTERS
+from upcycle.native import notes, obstacles
+from upcycle.routing import GATE_SCALES
 
 PLAIN = {"attention_bias": False}  # tests/tiny.py's llama has biases
 SCALED = {"rope_type": "llama3", "rope_theta": 300.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -139,11 +149,11 @@ def test_against_hf_mixtral(tmp_path):
 def test_hf_balance_loss_differs_as_the_docstring_says():
     """On one layer theirs is K times ours; layers that collapse on different experts look balanced to theirs."""
     logits = torch.randn(12, 4)
-    one = [ROUTERS["topk_softmax"](logits, 2)]
+    one = [route("topk_softmax", logits, 2)]
     ours = router_losses(one, torch.ones(2, 6, dtype=torch.bool), "switch", "micro_batch")["balance"] / 12
     torch.testing.assert_close(load_balancing_loss_func((logits,), 4, 2), 2 * ours)
     collapsed = [torch.zeros(12, 2).index_fill_(1, torch.tensor(expert), 50.0) for expert in (0, 1)]
-    both = [ROUTERS["topk_softmax"](one, 1) for one in collapsed]
+    both = [route("topk_softmax", one, 1) for one in collapsed]
     ours = router_losses(both, torch.ones(2, 6, dtype=torch.bool), "switch", "micro_batch")["balance"] / 12
     assert ours == pytest.approx(2) and load_balancing_loss_func(tuple(collapsed), 2, 1) == pytest.approx(1)
 
@@ -222,15 +232,38 @@ def test_a_family_without_a_native_class_is_said(tmp_path):
     )
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", ["topk_softmax", "softmax_topk", "soft"])
 def test_gates_that_sum_to_one(router):
     """The rule that decides between the native routers, against the routers themselves."""
     logits = torch.randn(20, 3)
     for scale, top_k in itertools.product(GATE_SCALES, (1, 2, 3)):
         config = UpcycledConfig(dense_config("llama", **PLAIN), "abc", top_k, router, scale)
-        gates = ROUTERS[router](logits, config.num_experts_per_tok, scale).gates
-        assert gates_sum_to_one(config) == torch.allclose(gates.sum(-1), torch.ones(20)), (scale, top_k)
-        assert bool(obstacles(config, "mixtral")) != gates_sum_to_one(config)
+        gates = route(router, logits, config.num_experts_per_tok, scale).gates
+        assert config.gates_sum_to_one == torch.allclose(gates.sum(-1), torch.ones(20)), (scale, top_k)
+        assert bool(obstacles(config, "mixtral")) != config.gates_sum_to_one
+
+
+# Routers that transformers' classes have too; no other may be written as one of them.
+NATIVE = {
+    "top-k, then softmax", "softmax, then top-k, sum to one", "softmax, then top-1, straight through", "soft",
+    "random, never trained", "noise and jitter",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_other_router_becomes_a_native_class(name):
+    choices = {"experts": ["seed", "code", "law"], **CASES[name].ffn()}
+    config = UpcycledConfig(dense_config("llama", **PLAIN), **choices)
+    assert bool(obstacles(config, "mixtral")) == (name not in NATIVE)
+
+
+def test_what_a_native_class_does_not_train_with_is_said():
+    fields = {"router_options": {"noise_std": 0.1, "trained": False}, "entropy_coefficient": 0.1}
+    said = " ".join(
+        notes(UpcycledConfig(dense_config("llama", **PLAIN), **fields, similarity_coefficient=0.2), "mixtral")
+    )
+    for words in ("similarity loss (0.2)", "entropy loss (0.1)", "without the noise", "are never trained"):
+        assert words in said
 
 
 def test_a_wrong_native_model_never_appears(tmp_path, monkeypatch):
@@ -278,6 +311,7 @@ def test_a_bundle_of_other_tensors_is_refused(tmp_path):
     moe = saved(tmp_path / "moe", "gpt_neox")
     config = json.loads((moe / "config.json").read_text())
     config["experts"].append("math")
+    config["expert_sources"].append("math")
     (moe / "config.json").write_text(json.dumps(config))
     with pytest.raises(
         ValueError,
@@ -309,7 +343,7 @@ def test_card_says_what_is_recorded(assembled, tmp_path):
     assert "license: other  # fill in" in front and body.startswith("\n# my-moe\n")
     assert (
         "| experts, in order | seed, code, law |" in body
-        and "| router | topk_softmax, 2 of 3 experts a token |" in body
+        and "| routers | topk_softmax, top 2 of 3, gate_scale none |" in body
     )
     assert "| all other weights | average |" in body and "No measurement is recorded here." in body
     prints = [

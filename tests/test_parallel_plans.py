@@ -8,6 +8,8 @@ import re
 import subprocess
 import sys
 import time
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -98,30 +100,43 @@ def in_one_process(mixture: UpcycledForCausalLM, ids: torch.Tensor, light: bool)
     return result
 
 
-def start_both(directory: Path, timeout_seconds: float = 240) -> None:
-    """Both processes to their end; if one fails the other would wait for it, so it is ended too."""
+def start_both(directory: Path, attempts: int = 3) -> None:
+    """Both processes to their end. One that a signal ends (a heap that gloo's threads corrupted: seen once in some fifty
+    runs, never twice at one place) is warned of and both start again; any other failure is one."""
+    for attempt in range(attempts):
+        codes, said = run_both(directory)
+        if not any(code < 0 for code in codes) or attempt == attempts - 1:
+            break
+        warnings.warn(f"processes ended with {codes} and are started again: {said}", stacklevel=2)
+    assert codes == [0, 0], said
+
+
+def run_both(directory: Path, timeout_seconds: float = 240) -> tuple[list[int], str]:
+    """The exit codes of both, and the end of their logs. If one fails the other would wait for it: it is ended, code 0."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = str(ROOT)
+    (directory / "store").unlink(missing_ok=True)
     logs = [directory / f"rank{rank}.log" for rank in (0, 1)]
+    command = [sys.executable, "-X", "faulthandler", str(ROOT / "tests" / "ranks_plans.py"), str(directory)]
     processes = []
     for rank, log in enumerate(logs):
-        command = [sys.executable, str(ROOT / "tests" / "ranks_plans.py"), str(directory)]
         with log.open("w") as stream:
-            process = subprocess.Popen(
-                command, env=environment | {"RANK": str(rank)}, stdout=stream, stderr=subprocess.STDOUT
-            )
-        processes.append(process)
-    try:
-        deadline = time.monotonic() + timeout_seconds
-        while any(process.poll() is None for process in processes):
-            failed = any(process.poll() for process in processes)
-            assert not failed and time.monotonic() < deadline, "\n".join(log.read_text()[-3000:] for log in logs)
-            time.sleep(0.1)
-        assert not any(process.poll() for process in processes), "\n".join(log.read_text()[-3000:] for log in logs)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+            environment["RANK"] = str(rank)
+            processes.append(subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT))
+    deadline = time.monotonic() + timeout_seconds
+    while any(process.poll() is None for process in processes) and not any(process.poll() for process in processes):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    if any(process.poll() for process in processes):
+        time.sleep(2)  # the one that a signal ended may be seen after the one whose connection it broke
+    codes = [process.poll() for process in processes]
+    for process in processes:
+        process.kill()
+        process.wait()
+    late = f"after {timeout_seconds} s: " if time.monotonic() > deadline else ""
+    said = late + "\n".join(log.read_text()[-3000:] for log in logs)
+    return [(1 if late else 0) if code is None else code for code in codes], said
 
 
 class Pair:
@@ -257,3 +272,14 @@ def test_plans_name_parts_that_exist(family, attention):
         assert set(owners) & set(mixture.fsdp_plan), name
     if seed.base_model_tp_plan:
         assert [name for name in mixture.tp_plan if re.search(r"(attn|attention)\.", name)]
+
+
+@pytest.mark.parametrize(("codes", "starts"), [([-6, 0], 3), ([1, 0], 1), ([0, 0], 1)])
+def test_only_a_process_that_a_signal_ended_starts_again(tmp_path, monkeypatch, codes, starts):
+    calls = []
+    monkeypatch.setattr(
+        sys.modules[__name__], "run_both", lambda directory: (calls.append(directory), (codes, "said"))[1]
+    )
+    with warnings.catch_warnings(record=True), nullcontext() if codes == [0, 0] else pytest.raises(AssertionError):
+        start_both(tmp_path)
+    assert len(calls) == starts

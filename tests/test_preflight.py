@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 from tests.tiny import FAMILY_CONFIGS, dense_models, tokens
 from upcycle.assembly import write_mixture
 from upcycle.checkpoint import Checkpoint, import_checkpoint
-from upcycle.config import AssembleConfig, RouterConfig
+from upcycle.mixture_config import AssembleConfig
 from upcycle.preflight import check_alike, model_config
+from upcycle.router_config import RouterConfig
 from upcycle.vocabulary import vocabularies
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}

@@ -8,8 +8,7 @@ import math
 import re
 import subprocess
 import sys
-from dataclasses import asdict
-from html.parser import HTMLParser
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,120 +18,10 @@ from matplotlib import rc_context
 from evals.figures import STYLE, draw_comparisons
 from evals.findings import headline
 from evals.page import render_page
-from evals.report import ModelRow, build_report, format_table, markdown_table, update_readme, write_report
+from evals.report import build_report, format_table, markdown_table, update_readme, write_report
 from evals.statistics import bootstrap_domains, bootstrap_nats_per_token, generator, percentile_interval
 from evals.tables import average_title, quality_columns, write_count, write_perplexity
-
-DOMAINS = {"code": True, "law": True, "math": True, "general": True, "cpp": False, "programs": False}
-EXPERTS = ["seed", "code", "law", "math"]
-LAYERS = 2
-BRANCHES = [["seed"], ["branch/code", "branch/law", "branch/math"]]
-# fmt: off
-# name: (kind, parameters, active parameters, train tokens, stages, mean nats per token by domain)
-MODELS = {
-    "seed": ("seed", 21e6, 21e6, 30e6, [["seed"]], (3.05, 3.10, 2.95, 3.30, 3.25, 3.02)),
-    "code": ("branch", 21e6, 21e6, 40e6, [["seed"], ["branch/code"]], (2.42, 3.62, 3.31, 3.66, 2.71, 2.55)),
-    "law": ("branch", 21e6, 21e6, 40e6, [["seed"], ["branch/law"]], (3.71, 2.50, 3.52, 3.58, 3.90, 3.68)),
-    "math": ("branch", 21e6, 21e6, 40e6, [["seed"], ["branch/math"]], (3.33, 3.55, 2.21, 3.61, 3.52, 3.24)),
-    "soup": ("soup", 21e6, 21e6, 60e6, [*BRANCHES, ["merge/soup"]],
-        (2.85, 2.93, 2.70, 3.31, 3.04, 2.87)),
-    "dense": ("dense", 21e6, 21e6, 70e6, [["seed"], ["dense"]], (2.521, 2.610, 2.331, 3.262, 2.842, 2.672)),
-    "btx": ("btx", 58e6, 34e6, 70e6, [*BRANCHES, ["assemble/btx"], ["mix/btx"]],
-        (2.472, 2.561, 2.272, 3.241, 2.801, 2.623)),
-    "btx_top1": ("btx", 58e6, 21e6, 70e6, [*BRANCHES, ["mix/btx_top1"]],
-        (2.519, 2.612, 2.330, 3.268, 2.860, 2.681)),
-    "btx_random": ("btx", 58e6, 34e6, 70e6, [*BRANCHES, ["mix/btx_random"]],
-        (2.561, 2.650, 2.381, 3.270, 2.901, 2.722)),
-    "bam": ("bam", 74e6, 50e6, 70e6, [*BRANCHES, ["mix/bam"]],
-        (2.461, 2.552, 2.258, 3.239, 2.790, 2.611)),
-    "bam_shared_kv": ("bam", 71e6, 47e6, 70e6, [*BRANCHES, ["mix/bam_shared_kv"]],
-        (2.465, 2.557, 2.265, 3.238, 2.793, 2.618)),
-}
-# fmt: on
-
-
-def fake_routing(rng: np.random.Generator, learned: bool, attention: bool) -> dict:
-    """Routing as an evaluation records it: sharper in later layers when learned, even when random."""
-
-    def part() -> dict:
-        share = {}
-        for domain in DOMAINS:
-            own = {"general": 0, "cpp": 1, "programs": 1}.get(domain, EXPERTS.index(domain) if domain in EXPERTS else 0)
-            layers = []
-            for layer in range(LAYERS):
-                logits = rng.normal(0, 0.2, len(EXPERTS))
-                logits[own] += (0.5 + 0.7 * layer) if learned else 0
-                layers.append((np.exp(logits) / np.exp(logits).sum()).tolist())
-            share[domain] = layers
-        entropy = {domain: [-sum(p * math.log(p) for p in layer) for layer in share[domain]] for domain in DOMAINS}
-        information = [0.02 + 0.12 * layer if learned else 0.004 for layer in range(LAYERS)]
-        shuffled = [sorted(abs(rng.normal(0.004, 0.002, 20)).tolist()) for _ in range(LAYERS)]
-        return {"share": share, "entropy": entropy, "mutual_information": information, "shuffled": shuffled}
-
-    return {"experts": EXPERTS, "ffn": part(), "attention": part() if attention else None}
-
-
-def write_training(root: Path, stage: str, rng: np.random.Generator, points: int = 900) -> Path:
-    """A training artifact: timing, and metrics for the stages that train."""
-    directory = root / stage.replace("/", "-")
-    directory.mkdir(parents=True)
-    seconds = {"seed": 900.0, "dense": 1210.5, "branch/code": 301.0, "branch/law": 310.0, "branch/math": 298.0}
-    (directory / "timing.json").write_text(json.dumps({"seconds": seconds.get(stage, 380.0)}))
-    if not stage.startswith(("merge", "assemble")):
-        decay = 2.3 + rng.uniform(0, 0.3) + 1.6 * np.exp(-np.arange(points) / 120) + rng.normal(0, 0.05, points)
-        lines = [
-            json.dumps({"step": step, "tokens": (step + 1) * 16384, "loss": loss + 0.01, "cross_entropy": loss})
-            for step, loss in enumerate(decay.tolist())
-        ]
-        (directory / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    return directory
-
-
-def write_evaluation(root: Path, name: str, documents: int = 120) -> Path:
-    """An evaluation directory; documents share their difficulty across models, as real ones do."""
-    kind, *_, rates = MODELS[name]
-    directory = root / f"evaluation-{name}"
-    directory.mkdir(parents=True)
-    rng = np.random.default_rng(list(MODELS).index(name) + 100)
-    arrays, summary = {}, {}
-    for index, (domain, rate) in enumerate(zip(DOMAINS, rates, strict=True)):
-        shared = np.random.default_rng(index)
-        tokens = shared.integers(60, 900, documents)
-        difficulty = shared.normal(0, 0.25, documents)
-        nats = tokens * np.maximum(rate + difficulty - difficulty.mean() + rng.normal(0, 0.04, documents), 0.2)
-        arrays |= {f"{domain}.nats": nats, f"{domain}.tokens": tokens, f"{domain}.bytes": tokens * 4}
-        counts = {"tokens": int(tokens.sum()), "bytes": int(tokens.sum() * 4), "documents": documents}
-        summary[domain] = {"nats": float(nats.sum()), **counts, "overlap": 0.012 if index < 3 else None}
-    routed = kind in ("btx", "bam")
-    routing = fake_routing(rng, learned=name != "btx_random", attention=kind == "bam") if routed else None
-    document = {"split": "test", "sequence_length": 512, "domains": summary, "routing": routing}
-    (directory / "evaluation.json").write_text(json.dumps(document))
-    np.savez(directory / "documents.npz", **arrays)
-    return directory
-
-
-def make_inputs(root: Path) -> dict:
-    """The arguments of `build_report` for eleven models on six domains."""
-    rows = [
-        ModelRow(
-            name=name, kind=kind, parameters=int(size), active_parameters=int(active), train_tokens=int(tokens),
-            train_flops=6 * active * tokens, stages=stages, learning_rate=3e-4,
-        )
-        for name, (kind, size, active, tokens, stages, _) in MODELS.items()
-    ]  # fmt: skip
-    stages = dict.fromkeys(stage for row in rows for group in row.stages for stage in group)
-    rng = np.random.default_rng(0)
-    return {
-        "experiment": "demo",
-        "rows": rows,
-        "domains": DOMAINS,
-        "evaluations": {name: write_evaluation(root, name) for name in MODELS},
-        "training": {stage: write_training(root, stage, rng) for stage in stages},
-        "machine": {"device": "CPU", "cores": 4, "memory_bytes": 16 * 2**30},
-        "provenance": {"commit": "0123abc", "versions": {"torch": "2.9.0", "note": "<b>&</b></script>"}},
-        "samples": 500,
-        "rng_seed": 17,
-    }
+from tests.reports import DOMAINS, Page, make_inputs, write_evaluation
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +101,42 @@ def test_average_is_the_mean_of_nats_per_token_over_its_group(report):
     assert average_title(report, "trained") == "trained avg (code law math general)"
 
 
+def test_averages_of_domains_with_and_without_a_branch(report):
+    """In-domain is what has a branch of its name, general what was trained on without one; against sums by hand."""
+    groups = {"in_domain": ["code", "law", "math"], "general": ["general"], "out_of_domain": ["cpp", "programs"]}
+    assert report["domain_groups"] == {"trained": ["code", "law", "math", "general"], **groups}
+    for model in report["models"].values():
+        for group, members in groups.items():
+            product = math.prod(model["perplexity"][domain] for domain in members)
+            assert model["average"][group]["perplexity"] == pytest.approx(product ** (1 / len(members)))
+        assert model["average"]["general"]["interval"] == model["interval"]["general"]
+    titles = ["trained avg (code law math general)", "in-domain avg (code law math)", "code", "law", "math", "general"]
+    assert [*quality_columns(report)] == [*titles, "out of domain avg (cpp programs)", "cpp", "programs"]
+
+
+def test_an_average_that_another_column_shows_has_none(inputs):
+    """Two general domains have an average of their own; without branches, general is all that was trained on."""
+    two = build_report(**inputs | {"domains": DOMAINS | {"cpp": True}, "samples": 10})
+    titles = ["trained avg (code law math general cpp)", "in-domain avg (code law math)", "code", "law", "math"]
+    expected = [*titles, "general avg (general cpp)", "general", "cpp", "out of domain avg (programs)", "programs"]
+    assert [*quality_columns(two)] == expected
+    assert two["models"]["btx"]["average"]["general"]["nats_per_token"] == pytest.approx(
+        (two["models"]["btx"]["nats_per_token"]["general"] + two["models"]["btx"]["nats_per_token"]["cpp"]) / 2
+    )
+    rows = [row for row in inputs["rows"] if row.kind in ("seed", "btx")]
+    few = build_report(
+        **inputs | {"rows": rows, "domains": {"code": True, "law": True}, "baseline": None, "samples": 10}
+    )
+    assert few["domain_groups"] == {
+        "trained": ["code", "law"],
+        "in_domain": [],
+        "general": ["code", "law"],
+        "out_of_domain": [],
+    }
+    assert [*quality_columns(few)] == ["trained avg (code law)", "code", "law"]
+    assert "avg" in format_table(few) and "in-domain" not in format_table(few)
+
+
 def test_oracle_takes_branches_on_their_domains_and_the_seed_elsewhere(report):
     models = report["models"]
     assert models["oracle"]["sources"] == {
@@ -236,6 +161,30 @@ def test_comparisons_hold_every_mixture_against_every_reference(report):
         ours, theirs = (report["models"][item[side]]["average"]["trained"] for side in ("model", "against"))
         assert item["nats_difference"] == pytest.approx(ours["nats_per_token"] - theirs["nats_per_token"])
         assert item["interval"][0] < item["nats_difference"] < item["interval"][1]
+
+
+def test_intervals_of_comparisons_are_of_differences_on_the_same_resampled_documents(report, inputs):
+    """Resample by resample, domain by domain, from the evaluations' own documents."""
+    names = ["bam", "dense"]
+    documents = {name: np.load(inputs["evaluations"][name] / "documents.npz") for name in names}
+    trained = report["domain_groups"]["trained"]
+    nats = {domain: np.stack([documents[name][f"{domain}.nats"] for name in names]) for domain in DOMAINS}
+    tokens = {domain: documents["bam"][f"{domain}.tokens"] for domain in DOMAINS}
+    samples, seed = (report["bootstrap"][key] for key in ("samples", "rng_seed"))
+    draws = bootstrap_domains(nats, tokens, samples, seed)
+    differences = [
+        sum(draws[domain][sample][0] - draws[domain][sample][1] for domain in trained) / len(trained)
+        for sample in range(samples)
+    ]
+    item = next(one for one in report["comparisons"] if (one["model"], one["against"]) == ("bam", "dense"))
+    assert item["interval"] == pytest.approx(np.percentile(differences, [2.5, 97.5]), rel=1e-9)
+
+
+def test_mixtures_are_held_against_every_dense_run_and_the_reference(inputs):
+    rows = [replace(row, kind="dense") if row.name == "btx_top1" else row for row in inputs["rows"]]
+    report = build_report(**inputs | {"rows": rows, "samples": 10, "reference": "btx"})
+    against = {item["against"] for item in report["comparisons"] if item["model"] == "bam"}
+    assert against == {"dense", "btx_top1", "btx", "seed", "oracle", "btx_random"}
 
 
 def test_curve_is_thinned_and_a_resumed_step_counts_once(report, tmp_path, inputs):
@@ -341,36 +290,6 @@ def test_headline_says_who_won_even_when_dense_does(report):
 # -------------------------------------------------------------------------------------------------------------- page
 
 
-class Page(HTMLParser):
-    """Collects a page's tags, the JSON it embeds, and the rows of the table `summary-table`."""
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.tags, self.rows, self.embedded = [], [], ""
-        self.inside, self.in_json = False, False
-        self.feed(html)
-
-    def handle_starttag(self, tag, attributes):
-        attributes = dict(attributes)
-        self.tags.append((tag, attributes))
-        self.in_json = tag == "script" and attributes.get("id") == "report"
-        self.inside = attributes.get("id") == "summary-table" if tag == "table" else self.inside
-        if self.inside and tag == "tr":
-            self.rows.append([])
-        if self.inside and tag in ("th", "td"):
-            self.rows[-1].append({"value": attributes.get("data-value"), "text": []})
-
-    def handle_endtag(self, tag):
-        self.inside = self.inside and tag != "table"
-        self.in_json = self.in_json and tag != "script"
-
-    def handle_data(self, data):
-        if self.in_json:
-            self.embedded += data
-        elif self.inside and self.rows and self.rows[-1]:
-            self.rows[-1][-1]["text"].append(data)
-
-
 @pytest.fixture(scope="module")
 def written(report, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("run")
@@ -385,7 +304,7 @@ def test_page_embeds_the_report_it_shows(report, written):
 
 
 def test_summary_numbers_equal_the_report(report, written):
-    header, *rows = Page((written / "report.html").read_text()).rows
+    header, *rows = Page((written / "report.html").read_text()).tables["summary-table"]
     columns = quality_columns(report)
     assert ["".join(cell["text"]) for cell in header] == ["model", *columns]
     assert [row[0]["value"] for row in rows] == list(report["models"])
@@ -417,14 +336,60 @@ def test_page_is_self_contained_and_accessible(written):
     assert "<b>&</b>" not in html  # what a user's configuration holds is escaped
 
 
+def test_what_routers_go_by_is_shown_where_it_was_measured(report, written):
+    html = (written / "report.html").read_text()
+    section = re.search(r'id="microscope">.*?</section>', html, re.S)
+    assert section is not None
+    assert re.findall("<summary>(.*?)</summary>", section.group()) == ["bam", "bam_shared_kv"]
+    fold = section.group().split("</details>")[0]
+    gates = re.findall(
+        r'<th scope="row">layer (\d)</th>(?:<td style="--v:[\d.]+">(\d+)</td>)(?:<td style="[^"]*">(\d+)</td>)', fold
+    )
+    assert gates == [("0", "25", "75"), ("1", "75", "25")] * 2  # feed-forward and attention; empty bins left out
+    assert '<th scope="col">0.25</th><th scope="col">0.30</th><th scope="col">mean</th>' in fold
+    measured = report["models"]["bam"]["routing"]["ffn"]["information"]["token"]["measured"]
+    assert f"<strong>{measured[1]:.4f}</strong><small>{measured[1] / 4:.4f} to {measured[1] / 4:.4f}</small>" in fold
+    assert "token id" in fold and "part of word" not in fold
+    assert "<td>62&nbsp;%<small>38&nbsp;%</small></td>" in fold
+    assert fold.count('<table class="drift">') == 2 and fold.count("moved by 37.5&nbsp;%") == 2
+    assert fold.count("<td>12.5&nbsp;%<small>–</small></td>") == 4
+    assert (
+        fold.count("<td>·the<small>31 %, × 1.2</small></td>") == 4
+        and fold.count("<td>id 9<small>50 %, × 2.0</small></td>") == 4
+    )
+    assert "same expert" in fold and "72 % (28 % by chance); 51 % (25 % by chance)" in fold
+
+
+def test_what_experts_are_worth_is_shown_in_nats(inputs, tmp_path):
+    def domains(rate: float) -> dict:
+        return {domain: {"nats": rate * 50 * place, "tokens": 50 * place} for place, domain in enumerate(DOMAINS, 1)}
+
+    experts = {
+        "seed": {"removed": None, "reason": "it is needed", "forced": domains(4.25)},
+        "code": {"removed": domains(2.75), "reason": "", "forced": domains(1.5)},
+    }
+    found = {"max_tokens": None, "whole": domains(2.5), "experts": experts}
+    (tmp_path / "ablation.json").write_text(json.dumps(found))
+    report = build_report(**inputs | {"samples": 10, "ablations": {"bam": tmp_path}})
+    ablation = report["models"]["bam"]["ablation"]
+    assert ablation["whole"] == dict.fromkeys(DOMAINS, 2.5) and ablation["experts"]["seed"]["removed"] is None
+    table = re.search(r'<table class="ablation">.*?</table>', render_page(report), re.S)
+    assert table is not None
+    assert table.group().count("<td>–<small>+1.7500</small></td>") == 6
+    assert table.group().count("<td>+0.2500<small>−1.0000</small></td>") == 6
+
+
 def test_page_leaves_out_what_was_not_measured(report):
     bare = copy.deepcopy(report)
     bare["comparisons"] = []
     for model in bare["models"].values():
-        model["routing"], model["curve"] = None, []
+        model["routing"], model["curve"], model["course"] = None, [], None
     html = render_page(bare)
     assert 'id="summary"' in html
-    assert not any(f'id="{part}"' in html for part in ("comparisons", "curves", "routing", "information"))
+    assert not any(
+        f'id="{part}"' in html
+        for part in ("comparisons", "curves", "routing", "information", "microscope", "specialisation")
+    )
 
 
 def test_a_bar_far_beyond_the_seeds_is_cut_and_keeps_its_figure(report):
@@ -439,7 +404,17 @@ def test_a_bar_far_beyond_the_seeds_is_cut_and_keeps_its_figure(report):
 
 def test_figures_are_written_as_svg_and_png_and_repeat(report, written, tmp_path):
     names = {path.name for path in (written / "figures").iterdir()}
-    for name in ("perplexity", "comparisons", "curves", "routing-bam-attention", "information-btx-ffn"):
+    for name in (
+        "perplexity",
+        "comparisons",
+        "curves",
+        "curves-flops",
+        "pareto",
+        "course-bam",
+        "routing-bam-attention",
+        "information-btx-ffn",
+        "gates-bam-attention",
+    ):
         assert {f"{name}.svg", f"{name}.png"} <= names
     assert render_page(report) == (written / "report.html").read_text(encoding="utf-8")
     with rc_context(STYLE):

@@ -67,6 +67,7 @@ def test_crash_leaves_nothing_that_looks_finished(tmp_path):
         store.make(stage, QUIET)
     assert not stage.finished and not stage.path.exists() and stage.state == "partial"
     assert json.loads((stage.partial / "timing.json").read_text())["seconds"] >= 0
+    assert json.loads((stage.partial / "failed.json").read_text()) == {"error": "RuntimeError: killed"}
 
 
 def test_next_attempt_sees_only_what_it_can_resume_from(tmp_path):

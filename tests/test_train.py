@@ -1,6 +1,7 @@
 """The training loop: what a step does, and that a run goes on bit for bit."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from tests.tiny import dense_models, mixture_of
 from upcycle.batches import Batches
 from upcycle.config import OptimizerConfig, PhaseConfig, ScheduleConfig, TrainConfig
 from upcycle.optim import decays, learning_rate, plan_phases
+from upcycle.router import RoutingTrace
 from upcycle.store import Run
 from upcycle.train import train
 
@@ -161,6 +163,142 @@ def test_loss_is_the_sum_of_its_parts_and_health_is_reported(data, tmp_path):
         assert len(row["load"]) == 2 and all(sum(layer) == pytest.approx(1, abs=1e-3) for layer in row["load"])
         assert 0 < row["ffn_entropy"] <= 1.0987 and 0 < row["attention_entropy"] <= 1.0987
         assert row["router_gradient_norm"] > 0 and row["dead_experts"] >= 0
+
+
+def test_a_row_tells_gate_sums_logits_and_the_gradients_of_experts(data, tmp_path):
+    """The first step's, against the model's own trace and autograd on the same batch."""
+    settings = config(tokens=4 * 16, micro_batch_sequences=4, optimizer=OptimizerConfig(clip_norm=0.5))
+    choices = {"router": "softmax_topk", "num_experts_per_tok": 1}  # bare gates: they sum to less than 1
+    model, trained = mixture("mixture", **choices).train(), mixture("mixture", **choices)
+    run(trained, settings, data, tmp_path / "out")
+    (row,) = rows(tmp_path / "out")
+    ids, trace = (
+        torch.from_numpy(Batches(data, settings.proportions, 16, 4, settings.rng_seed).batch(0)),
+        RoutingTrace(),
+    )
+    nats, count = reference.next_token_cross_entropy(model(ids, trace=trace).logits, ids)
+    sums = model.auxiliary_sums(trace, ids)
+    loss = nats / count + sum(model.auxiliary_coefficients[name] * value / ids.numel() for name, value in sums.items())
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    whole = sum(gradient.square().sum() for gradient in gradients.values()).sqrt()
+    experts = sum(gradient.square().sum() for name, gradient in gradients.items() if ".experts." in name).sqrt()
+    assert row["gradient_norm"] == pytest.approx(whole.item(), rel=1e-4) and whole > 0.5
+    assert row["expert_gradient_norm"] == pytest.approx((experts * 0.5 / whole).item(), rel=1e-4)
+    assert row["gate_sum"] == pytest.approx(sum(r.gates.sum(1).mean().item() for r in trace.of("ffn")) / 2, rel=1e-5)
+    assert row["gate_sum"] < 0.9
+    for part in ("ffn", "attention"):
+        sizes = [
+            math.sqrt(sum(math.log(sum(map(math.exp, t))) ** 2 for t in r.logits.tolist()) / 64) for r in trace.of(part)
+        ]
+        assert row[f"{part}_logits"] == pytest.approx(max(sizes), rel=1e-5)
+    assert row["attention_load"] == [[0.3333] * 3] * 2  # soft: a token takes all
+
+
+BIASED = {
+    "router": "softmax_topk", "gate_scale": "sum_to_one", "router_options": {"bias_rate": 0.25},
+    "attention_router": {"kind": "topk_softmax", "top_k": 2, "bias_rate": 0.5},
+}  # fmt: skip
+
+
+def biases(model):
+    """In units of the rate: {part: (layers, E)}."""
+    found = {name: buffer for name, buffer in model.named_buffers() if name.endswith("router.bias")}
+    return {
+        "ffn": torch.stack([b for name, b in found.items() if ".mlp." in name]) / 0.25,
+        "attention": torch.stack([b for name, b in found.items() if ".self_attn." in name]) / 0.5,
+    }
+
+
+def test_a_bias_moves_once_a_step_towards_the_mean_load(data, tmp_path):
+    """By the loads of the whole step, whatever the micro-batches; recomputed layers do not count twice."""
+    found = []
+    for micro, checkpointed in ((4, False), (1, False), (2, True)):
+        model = mixture("mixture", **BIASED)
+        settings = config(tokens=64, micro_batch_sequences=micro, gradient_checkpointing=checkpointed)
+        run(model, settings, data, tmp_path / f"{micro}")
+        load = torch.tensor(rows(tmp_path / f"{micro}")[0]["load"])
+        moved = biases(model)
+        assert torch.equal(moved["ffn"], torch.sign((load.mean(1, keepdim=True) - load).round(decimals=3)))
+        found.append(moved)
+    assert found[0]["attention"].abs().max() == 1
+    for other in found[1:]:
+        assert torch.equal(other["ffn"], found[0]["ffn"]) and torch.equal(other["attention"], found[0]["attention"])
+
+
+def test_a_frozen_router_keeps_its_bias(data, tmp_path):
+    phases = (PhaseConfig(steps=3), PhaseConfig(frozen=("router",)))
+    model = run(mixture("mixture", **BIASED), config(phases=phases), data, tmp_path / "out")
+    short = run(mixture("mixture", **BIASED), config(tokens=3 * 64), data, tmp_path / "short")
+    for part, moved in biases(model).items():
+        assert torch.equal(moved, biases(short)[part]) and moved.abs().max() >= 1
+
+
+def test_a_bias_balances_a_router_that_prefers_one_expert(data, tmp_path):
+    def lopsided(**options):
+        model = mixture(**BIASED | options)
+        for layer in model.model.decoder.layers:  # the first feature is 1 for every token, and expert 0 likes it
+            layer.mlp.router.weight.data.zero_()
+        with torch.no_grad():
+            model.get_input_embeddings().weight[:, 0] = 3.0
+            model.model.decoder.layers[0].mlp.router.weight[0, 0] = 0.5
+        return model
+
+    frozen = (PhaseConfig(frozen=("rest", "attention", "experts")),)
+    settings = config(tokens=40 * 64, phases=frozen, lr=1e-6)
+    loads = {}
+    for rate in (0.0, 0.05):
+        out = tmp_path / str(rate)
+        run(lopsided(router_options={"bias_rate": rate}), settings, data, out)
+        loads[rate] = sum(row["load"][0][0] for row in rows(out)[-12:]) / 12
+    assert loads[0.0] == pytest.approx(0.5, abs=0.01)  # one of the two places of every token
+    assert abs(loads[0.05] - 1 / 3) < 0.05
+
+
+def test_a_bias_under_the_logits_of_another_router_is_frozen_with_it(data, tmp_path):
+    """tie=sublayers: the feed-forward router has no weights; the attention router's decide whether its bias moves."""
+    tied = {"tie": "sublayers"} | BIASED
+    for frozen, moves in (((), True), (("router",), False)):
+        phases = (PhaseConfig(steps=1, frozen=frozen), PhaseConfig(frozen=("router",)))
+        model = run(mixture("mixture", **tied), config(tokens=128, phases=phases), data, tmp_path / str(moves))
+        assert all(bool(moved.any()) == moves for moved in biases(model).values())
+
+
+def test_first_segments_count_in_no_load(data, tmp_path):
+    """They all go to the seed's expert, and say nothing of what the router decides."""
+    pooled = {"per": "segment", "tokens": 4}
+    run(mixture(router_options=pooled), config(tokens=64), data, tmp_path / "out")
+    ids = torch.from_numpy(Batches(data, config().proportions, 16, 4, config().rng_seed).batch(0))
+    trace = RoutingTrace()
+    mixture(router_options=pooled).train()(ids, trace=trace)
+    for routing, load in zip(trace.of("ffn"), rows(tmp_path / "out")[0]["load"], strict=True):
+        later = routing.experts.view(4, 16, -1)[:, 4:].flatten()
+        assert load == pytest.approx((torch.bincount(later, minlength=3) / len(later)).tolist(), abs=1e-3)
+
+
+def test_routers_that_anneal_are_told_the_step(data, tmp_path, monkeypatch):
+    """Also in a run that goes on from a snapshot."""
+    told = []
+
+    def trace(**given):
+        told.append(given["step"])
+        return RoutingTrace(**given)
+
+    monkeypatch.setattr("upcycle.train.RoutingTrace", trace)
+    options = Run(say=lambda text: None, checkpoint_steps=2)
+    settings = config(tokens=5 * 64, micro_batch_sequences=2)
+    run(mixture(), settings, data, tmp_path / "out", stop=3, options=options)
+    run(mixture(), settings, data, tmp_path / "out", options=options)
+    assert told == [0, 0, 1, 1, 2, 2, 2, 2, 3, 3, 4, 4]
+
+
+def test_a_router_that_is_never_trained_stays_as_drawn(data, tmp_path):
+    before = mixture("mixture", router_options={"trained": False})
+    drawn = {name: buffer.clone() for name, buffer in before.named_buffers() if "router" in name}
+    after = run(before, config(), data, tmp_path / "out")
+    assert len(drawn) == 2
+    for name, buffer in drawn.items():
+        assert torch.equal(after.get_buffer(name), buffer)
 
 
 def test_gradient_checkpointing_trains_the_same(data, tmp_path):

@@ -12,6 +12,7 @@ from upcycle.configuration import UpcycledConfig
 from upcycle.families import family_of
 from upcycle.modeling import UpcycledForCausalLM
 from upcycle.pieces import plan_pieces
+from upcycle.routing import ROUTERS, Routing, Rule, Seen
 
 VOCAB = 61
 NAMES = ("seed", "code", "law", "math")
@@ -124,12 +125,15 @@ def pack(
     )
     names = [name for name in rest if not (name == "lm_head.weight" and config.tie_word_embeddings)]
     for piece in plan_pieces(config, names):
-        if piece.origin == "fresh":
+        if piece.origin == "fresh" and piece.target.endswith(".bias"):
+            packed[piece.target] = torch.zeros(config.num_experts)
+        elif piece.origin == "fresh":
             packed[piece.target] = next(routers[f".{attention}." in piece.target])
         elif piece.origin == "merged":
             packed[piece.target] = piece.cut(rest[piece.sources[0]])
         elif piece.origin == "copied":
-            packed[piece.target] = experts[piece.expert][piece.sources[0]]
+            own = config.experts.index(piece.model) if piece.expert is None else piece.expert
+            packed[piece.target] = experts[own][piece.sources[0]]
         else:
             packed[piece.target] = piece.stack([[piece.cut(one[name]) for name in piece.sources] for one in experts])
     return packed
@@ -145,7 +149,7 @@ def mixture_of(
     """The mixture of dense models: experts stacked, everything else averaged; in eval mode and the models' dtype."""
     seed = copy.deepcopy(models[0].config)
     config = UpcycledConfig(seed=seed.to_dict(), experts=list(NAMES[: len(models)]), **choices)
-    size = (seed.num_hidden_layers, len(models), seed.hidden_size)
+    size = (len(config.routed), len(models), seed.hidden_size)
     ffn_routers = ffn_routers or router_weights(*size, rng_seed=7)
     attention_routers = attention_routers or router_weights(*size, rng_seed=8)
     dicts = [model.state_dict() for model in models]
@@ -159,6 +163,29 @@ def mixture_of(
     return mixture
 
 
+@torch.no_grad()
+def told_by(model, embedding: str, values) -> torch.nn.Module:
+    """A model in which routers see one number of each token, in coordinate 0: `values` of the rows of an embedding.
+
+    Its sublayers add nothing; a positive number is expert 0's, a negative one expert 1's, in all layers.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.zero_()
+        if "norm" in name or ".ln_" in name:
+            parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+        if name.endswith("router.weight"):
+            parameter[0, 0], parameter[1, 0] = 50.0, -50.0
+        if name.endswith(embedding):
+            parameter[:, 0] = torch.as_tensor(values, dtype=parameter.dtype)
+            parameter[:, 1] = 1.0  # norms need a second number
+    return model
+
+
+def route(kind: str, logits_TE: Tensor, top_k: int = 1, gate_scale: str = "none", **rule) -> Routing:
+    """What a router of the table makes of one sequence's logits, in evaluation."""
+    return ROUTERS[kind](logits_TE, Rule(kind, top_k, gate_scale, **rule), Seen((1, len(logits_TE))))
+
+
 def tokens(batch: int = 2, sequence: int = 9, rng_seed: int = 0) -> Tensor:
     """Random ids without the special ones (0 to 2)."""
     return torch.randint(3, VOCAB, (batch, sequence), generator=torch.Generator().manual_seed(rng_seed))
@@ -170,9 +197,9 @@ def left_padding(*pads: int, sequence: int = 9) -> Tensor:
 
 
 def routers_of(mixture: UpcycledForCausalLM, part: str) -> list[Tensor]:
-    """The router weights of "ffn" or "attention", in layer order."""
+    """The router weights of "ffn" or "attention", in layer order; tied and parameter-free routers have none."""
     routers = [m for m in mixture.modules() if type(m).__name__ == "Router" and m.name.startswith(part + ".")]
-    return [router.weight.detach() for router in routers]
+    return [router.weight.detach() for router in routers if router.weight is not None]
 
 
 def gradients_of(model: nn.Module) -> dict[str, Tensor]:
@@ -197,3 +224,10 @@ def assert_same_tensors(ours: dict[str, Tensor], theirs: dict[str, Tensor], **to
         torch.testing.assert_close(
             tensor.float(), theirs[name].float(), msg=lambda text, name=name: f"{name}: {text}", **tolerances
         )
+
+
+def assert_same_logits(found: Tensor, expected: Tensor) -> None:
+    """Within 1e-4 of the largest: norms, rotary embeddings and routers compute in fp32 in any model, and kernels round
+    differently by shape and machine. Where padding is seen, logits are off by as much as they are large."""
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()

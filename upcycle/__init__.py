@@ -15,13 +15,16 @@ from typing import Any
 
 # Looked up on first use: `import upcycle` must not wait for torch.
 _HOMES = {
+    "add_expert": "upcycle.editing",
     "assemble": "upcycle.api",
     "export": "upcycle.exporting",
     "preset": "upcycle.api",
-    "AssembleConfig": "upcycle.config",
-    "RouterConfig": "upcycle.config",
+    "remove_expert": "upcycle.editing",
+    "to_dense": "upcycle.dense",
+    "AssembleConfig": "upcycle.mixture_config",
+    "RouterConfig": "upcycle.router_config",
     "TrainConfig": "upcycle.config",
-    "RoutingTrace": "upcycle.routing",
+    "RoutingTrace": "upcycle.router",
     "UpcycledConfig": "upcycle.configuration",
     "UpcycledForCausalLM": "upcycle.modeling",
     "UpcycledModel": "upcycle.modeling",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -13,70 +13,135 @@ from transformers import AutoConfig
 
 from upcycle.adoption import with_family
 from upcycle.checkpoint import Checkpoint, CheckpointWriter, tensor_sha256
-from upcycle.config import AssembleConfig
 from upcycle.configuration import UpcycledConfig
-from upcycle.cost import Shape
+from upcycle.cost import Shape, placed
 from upcycle.directories import copy_companions
 from upcycle.durable import write_json
-from upcycle.families import is_listed
+from upcycle.experts import Placed
+from upcycle.families import family_of, is_listed
 from upcycle.merge import METHODS
+from upcycle.merging import Member, Merging
+from upcycle.mixture_config import AssembleConfig
 from upcycle.pieces import Piece, plan_pieces
 from upcycle.preflight import check_alike
+from upcycle.router_config import RouterConfig
+from upcycle.router_init import drawn_rows
+from upcycle.store import ignore
+from upcycle.text_rows import said, texts_of_routers, write_text_rows
 
 # What a mixture's directory needs to load where this package is not installed; also see `auto_map` in its config.
-REMOTE_CODE = ("modeling.py", "configuration.py", "attention.py", "families.py", "losses.py", "routing.py")
+REMOTE_CODE = (
+    "modeling.py",
+    "configuration.py",
+    "attention.py",
+    "families.py",
+    "kernels.py",
+    "kinds.py",
+    "losses.py",
+    "plans.py",
+    "router.py",
+    "routing.py",
+)
 
 
-def upcycled_config(seed, experts: Sequence[str], choice: AssembleConfig) -> UpcycledConfig:
-    """The mixture's config: `choice` in the model's own terms.
+APART = 0.01  # how far the rows of one group's shards lie from one another, as a share of a drawn row
+
+
+def placed_experts(seed, branches: Sequence[str], choice: AssembleConfig) -> Placed:
+    """The experts of the mixture of a seed of this config and its branches. Raises ValueError: see `cost.placed`."""
+    return placed(Shape.of_config(seed.to_dict()), choice, branches)
+
+
+def upcycled_config(seed, found: Placed, choice: AssembleConfig) -> UpcycledConfig:
+    """The mixture's config: `choice` and the experts that it makes, in the model's own terms.
 
     Raises ValueError: a seed whose family is neither listed nor adopted (adoption.py).
     """
-    router = choice.router
+    router, attention, placement = choice.router, choice.attention_router, choice.placement
+    names, wide = [expert.name for expert in found.experts], [expert.name for expert in found.attention]
     return UpcycledConfig(
         seed=with_family(seed).to_dict(),
-        experts=list(experts),
-        num_experts_per_tok=router.top_k,
-        router="soft" if router.kind == "soft" else router.gate_order,
+        experts=names,
+        expert_sources=[expert.source for expert in found.experts],
+        one_per_source=placement.one_per_domain,
+        attention_experts=wide if wide and wide != names else None,
+        attention_sources=[expert.source for expert in found.attention] if wide and wide != names else None,
+        split=found.split,
+        shared_expert=placement.shared_expert,
+        shared_gate=placement.shared_gate,
+        routed_layers=None if found.layers is None else list(found.layers),
+        num_experts_per_tok=found.top_k,
+        router=router.form,
         gate_scale=router.gate_scale,
+        router_options=_options(router),
         attention=choice.attention,
+        attention_router={"kind": attention.form, "top_k": attention.top_k, "gate_scale": attention.gate_scale}
+        | _options(attention),
         kv=choice.kv,
-        balance=router.balance,
-        balance_coefficient=router.balance_coefficient,
-        balance_scope=router.balance_scope,
-        z_coefficient=router.z_coefficient,
-        initializer_range=router.init_std,
+        tie=choice.tie,
+        attention_losses=asdict(attention.losses),
+        initializer_range=router.init.std,
+        **asdict(router.losses),
     )
 
 
-def fresh_router(shape: Sequence[int], target: str, choice: AssembleConfig) -> Tensor:
-    """A router's first weights, fp32; normal draws depend on (rng_seed, tensor name) only, not on order."""
-    if choice.router.init == "zeros":
-        return torch.zeros(*shape)
-    key = hashlib.sha256(f"{choice.rng_seed}/{target}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
-    return torch.randn(*shape, generator=generator) * choice.router.init_std
+def _options(router: RouterConfig) -> dict:
+    """The fields of `routing.Rule` that are no fields of the config itself."""
+    return {
+        "trained": router.trained,
+        "capacity_factor": router.capacity_factor,
+        "bias_rate": router.bias_rate,
+        "per": router.pool.per,
+        "tokens": router.pool.tokens,
+        "first": router.pool.first,
+        "noise_std": router.noise.std,
+        "jitter": router.noise.jitter,
+    }
+
+
+def fresh_router(config: UpcycledConfig, found: Placed, target: str, choice: AssembleConfig) -> Tensor:
+    """A router's first weights, or its bias, in fp32; shards of a virtual group have one row. Zeros where the texts will
+    say (text_rows.py)."""
+    part = "attention" if f".{family_of(config.seed).attention}.router." in target else "ffn"
+    rows = [expert.row for expert in found.of(part)]
+    if target.endswith(".bias"):
+        return torch.zeros(len(rows))
+    init = choice.attention_router.init if part == "attention" else choice.router.init
+    if init.needs_text:
+        return torch.zeros(len(rows), config.hidden_size)
+    drawn = drawn_rows((max(rows) + 1, config.hidden_size), target, init, choice.rng_seed)[rows]
+    if part == "ffn" and config.num_experts_per_tok % found.split and drawn.shape[0] > max(rows) + 1:
+        # A token takes part of its last group: which part must not be for rounding to say, which differs with batch and cache.
+        drawn = drawn + APART * drawn_rows(drawn.shape, f"{target}/apart", init, choice.rng_seed)
+    return drawn
 
 
 def write_mixture(
-    seed_dir: Path, branch_dirs: dict[str, Path], out: Path, choice: AssembleConfig, advance=lambda done, total: None
+    seed_dir: Path,
+    branch_dirs: dict[str, Path],
+    out: Path,
+    choice: AssembleConfig,
+    advance: Callable[..., None] = ignore,
+    data: Mapping[str, Path] | None = None,
 ) -> UpcycledConfig:
-    """Assemble into `out` (an existing directory). Memory: one shard plus one tensor of every checkpoint.
+    """Assemble into `out` (an existing directory). Memory: one shard plus one tensor of every checkpoint; if routers start
+    from texts, then the whole mixture in fp32.
 
-    Raises ValueError: checkpoints that do not fit together (`check_alike`), non-finite weights.
+    data: token arrays by domain, for routers that start from training text (init.kind=domain_centroid).
+    Raises ValueError: checkpoints that do not fit together (`check_alike`), non-finite weights, texts (`texts_of_routers`).
     """
     seed, branches = Checkpoint(seed_dir), {name: Checkpoint(path) for name, path in branch_dirs.items()}
     check_alike(seed, branches)
-    experts = ({"seed": seed} if choice.include_seed else {}) | branches
     seed_config = AutoConfig.from_pretrained(seed_dir)
     seed_config.name_or_path = ""  # where the seed lay is no part of the result
-    config = upcycled_config(seed_config, list(experts), choice)
-    pieces = plan_pieces(config, seed.names)
+    found = placed_experts(seed_config, list(branches), choice)
+    config = upcycled_config(seed_config, found, choice)
+    pieces, texts = plan_pieces(config, seed.names, found), texts_of_routers(config, choice, seed_dir, data or {})
     dtype = getattr(torch, choice.dtype) if choice.dtype else seed.dtype()
     total_bytes = Shape.of_config(config.to_dict()).parameters * dtype.itemsize if is_listed(config.seed) else 0
     writer, rows = CheckpointWriter(out, choice.max_shard_bytes, total_bytes), []
     for number, piece in enumerate(pieces):
-        tensor, row = _make(piece, config, experts, choice, dtype)
+        tensor, row = _make(piece, config, found, {"seed": seed} | branches, choice, dtype)
         writer.add(piece.target, tensor)
         rows.append(row)
         advance(number + 1, len(pieces))
@@ -87,30 +152,48 @@ def write_mixture(
     for name in REMOTE_CODE:
         shutil.copyfile(Path(__file__).parent / name, out / name)
     copy_companions(seed_dir, out)
-    write_json(out / "assembly.json", {"experts": list(experts), "merge": choice.merge, "tensors": rows})
+    if texts:
+        write_text_rows(out, choice, texts)
+    made = {"experts": config.experts, "merge": choice.merge, "placed": asdict(found)}
+    made |= {"router_init": said(choice, texts), "tensors": rows}
+    write_json(out / "assembly.json", made)
     return config
 
 
 def _make(
-    piece: Piece, config: UpcycledConfig, experts: dict[str, Checkpoint], choice: AssembleConfig, dtype: torch.dtype
+    piece: Piece,
+    config: UpcycledConfig,
+    found: Placed,
+    checkpoints: dict[str, Checkpoint],
+    choice: AssembleConfig,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, dict]:
     row: dict = {"target": piece.target, "origin": piece.origin, "sources": list(piece.sources)}
     if piece.origin == "fresh":
-        return fresh_router((config.num_experts, config.hidden_size), piece.target, choice), row
-    if piece.expert is not None:
-        name = config.experts[piece.expert]
-        experts = {name: experts[name]}
-    row["files"] = {name: [checkpoint.files[s] for s in piece.sources] for name, checkpoint in experts.items()}
-    sources = {name: [_finite(checkpoint, s, dtype) for s in piece.sources] for name, checkpoint in experts.items()}
-    if piece.origin == "merged":
-        return piece.cut(METHODS[choice.merge]([tensors[0] for tensors in sources.values()])).to(dtype), row
+        return fresh_router(config, found, piece.target, choice), row
+    models = piece.models(found)
+    if piece.origin == "merged" and choice.merge == "seed":
+        models, row["origin"] = ["seed"], "seed"
+    row["files"] = {name: [checkpoints[name].files[s] for s in piece.sources] for name in models}
+    sources = {name: [_finite(checkpoints[name], s, dtype) for s in piece.sources] for name in models}
+    if row["origin"] == "merged":
+        merging = Merging(piece.target, {name: Member(tensors[0]) for name, tensors in sources.items()})
+        return piece.cut(METHODS[choice.merge](merging)).to(dtype), row
     cuts = {name: [piece.cut(tensor.to(dtype)) for tensor in tensors] for name, tensors in sources.items()}
-    row["sha256"] = {name: [tensor_sha256(tensor) for tensor in tensors] for name, tensors in cuts.items()}
-    if piece.origin == "copied":
+    if row["origin"] in ("copied", "seed"):
         ((tensor,),) = cuts.values()
-        return tensor, row
+        whose = models[0] if piece.expert is None else config.names_of("attention")[piece.expert]
+        row["sha256"] = {whose: [tensor_sha256(tensor)]}
+        return tensor.clone(), row  # two copies of one source would share its memory
     assert piece.stack is not None
-    return piece.stack(list(cuts.values())), row
+    made = {expert.name: piece.carve(expert, cuts) for expert in found.of(piece.sublayer)}
+    if found.scale_weights and not all(torch.isfinite(one).all() for tensors in made.values() for one in tensors):
+        raise ValueError(
+            f"{piece.target}: placement.scale_weights makes weights larger than {str(dtype).removeprefix('torch.')} can hold; "
+            "choose assemble.dtype=bfloat16 or float32"
+        )
+    row["sha256"] = {name: [tensor_sha256(tensor) for tensor in tensors] for name, tensors in made.items()}
+    return piece.stack(list(made.values())), row
 
 
 def _finite(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Tensor:
@@ -132,6 +215,7 @@ def write_merged(
     method: str,
     include_seed: bool,
     max_shard_bytes: int = 4_000_000_000,
+    advance: Callable[..., None] = ignore,
 ) -> None:
     """Merge dense models of one seed into one, tensor by tensor, with a method of `merge.METHODS`.
 
@@ -139,11 +223,12 @@ def write_merged(
     """
     seed, branches = Checkpoint(seed_dir), {name: Checkpoint(path) for name, path in branch_dirs.items()}
     check_alike(seed, branches)
-    models = ([seed] if include_seed else []) + list(branches.values())
+    models = ({"seed": seed} if include_seed else {}) | branches
     writer = CheckpointWriter(out, max_shard_bytes)
-    for name in seed.names:
-        tensor = METHODS[method]([model.get(name) for model in models])
-        writer.add(name, tensor.to(seed.get(name).dtype))
+    for number, name in enumerate(seed.names):
+        merging = Merging(name, {who: Member(model.get(name)) for who, model in models.items()}, Member(seed.get(name)))
+        writer.add(name, METHODS[method](merging).to(seed.get(name).dtype))
+        advance(number + 1, len(seed.names))
     writer.close()
     AutoConfig.from_pretrained(seed_dir).save_pretrained(out)
     copy_companions(seed_dir, out)

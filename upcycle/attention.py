@@ -5,7 +5,7 @@
 so a soft mixture of E attention experts *is* one attention layer with E times the heads, whose head outputs are scaled
 by their expert's gate before the output projection: one attention kernel call, one ordinary cache entry.
 Shapes: B batch, S sequence, D hidden, E experts, H heads of one expert, d head size.
-This file travels inside checkpoints as remote code: it imports `.families` and `.routing` only.
+This file travels inside checkpoints as remote code: it imports `.families` and `.router` only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .families import Family, family_of, head_dim, key_value_heads, widened
-from .routing import Router
+from .router import Router
 
 # Eager attention of families whose own knows no grouped queries; Llama's does.
 GROUPED_EAGER = "grouped_eager"
@@ -207,13 +207,14 @@ def _split_fused_projection(wide: Any, attention: nn.Module, seed, family: Famil
         wide.__class__ = type(base.__name__, (_SharedInterleavedForward, base), {"__module__": __name__})
 
 
-def soft_mixture_of_attention(attention: nn.Module, seed, num_experts: int, kv: str, layer: int) -> nn.Module:
-    """The attention of one decoder layer as a soft mixture of `num_experts` experts, uninitialised.
+def soft_mixture_of_attention(attention: nn.Module, config: Any, layer: int) -> nn.Module:
+    """The attention of one decoder layer as a mixture of all experts, uninitialised; soft unless its router says else.
 
-    attention: the family's own module, used for its class and shapes only. kv: "expert" gives each expert its own keys
-    and values (E times the cache); "shared" gives all experts one set (the dense model's cache).
+    attention: the family's own module, used for its class and shapes only. config: the mixture's. Its kv: "expert" gives
+    each expert its own keys and values (E times the cache); "shared" gives all experts one set (the dense model's cache).
     """
-    family, shared = family_of(seed), kv == "shared"
+    seed, num_experts, shared = config.seed, config.num_attention_experts, config.kv == "shared"
+    family = family_of(seed)
     wide_config = widened(seed, queries=num_experts, keys=1 if shared else num_experts)
     wide: Any = type(attention)(wide_config, layer_idx=layer)
     kv_heads = key_value_heads(seed) if shared else None
@@ -235,7 +236,8 @@ def soft_mixture_of_attention(attention: nn.Module, seed, num_experts: int, kv: 
         wide.num_key_value_groups = num_experts  # attention kernels repeat keys and values this often
     wide.output_name = family.output
     wide.config = WideConfig(seed, wide_config.num_attention_heads, grouped_eager=shared and not family.grouped)
-    wide.router = Router(seed.hidden_size, num_experts, f"attention.{layer}", kind="soft", top_k=num_experts)
+    rule, ties = config.rule("attention", layer), config.ties("attention", layer)
+    wide.router = Router(seed.hidden_size, num_experts, f"attention.{layer}", rule, **ties)
     wide.trace = None
     wide.register_forward_pre_hook(_gate_heads, with_kwargs=True)
     return wide
@@ -243,7 +245,7 @@ def soft_mixture_of_attention(attention: nn.Module, seed, num_experts: int, kv: 
 
 def _gate_heads(wide: Any, args: tuple, kwargs: dict) -> None:
     hidden_BSD = args[0] if args else kwargs["hidden_states"]
-    routing = wide.router(hidden_BSD.flatten(0, 1), wide.trace)
+    routing = wide.router(hidden_BSD, wide.trace)
     gates_TE = torch.zeros_like(routing.logits).scatter(1, routing.experts, routing.gates)
     # By class: an adapter may stand between (PEFT wraps the module that it adapts).
     output: Any = next(module for module in wide.modules() if isinstance(module, GatedOutput))

@@ -164,6 +164,14 @@ class Batches:
                 batch[row] = tokens[window * self.sequence_length : (window + 1) * self.sequence_length]
         return batch
 
+    def domains(self, step: int) -> np.ndarray:
+        """(2, B) of one step: the index of each sequence's domain in `counts`, and the same dealt anew among its sequences."""
+        domains, _ = self.placed(step * self.batch_sequences + np.arange(self.batch_sequences))
+        order = np.argsort(
+            random_words(run_key("domains dealt anew", self.rng_seed), step, len(domains)), kind="stable"
+        )
+        return np.stack([domains, domains[order]])
+
     def placed(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The domain index of each sample, and its number among that domain's samples since step 0."""
         domains, counters = np.empty_like(samples), np.empty_like(samples)

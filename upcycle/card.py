@@ -9,10 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from upcycle.explanation import routing_in_words
+
 METHOD = {
     "merged": ("Branch-Train-MiX", "arXiv:2403.07816", "branch-train-mix"),
     "mixture": ("Branch-Attend-Mix", "arXiv:2408.08274", "branch-attend-mix"),
 }
+COPIES = ("Sparse upcycling", "arXiv:2212.05055", "sparse-upcycling")  # where all experts come from the seed
 FRONT = """\
 ---
 license: other  # fill in: the terms of the seed, of every branch and of their data apply
@@ -74,10 +77,10 @@ def _assembly(directory: Path, stage: dict[str, Any]) -> dict[str, Any]:
 
 def _fingerprints(assembly: dict[str, Any]) -> dict[str, str]:
     """SHA-256 over the hashes of each expert's own tensors, in the order in which they were assembled."""
-    digests = {name: hashlib.sha256() for name in assembly.get("experts", ())}
+    digests: dict[str, Any] = {name: hashlib.sha256() for name in assembly.get("experts", ())}
     for row in assembly.get("tensors", ()):
         for name, hashes in row.get("sha256", {}).items():
-            digests[name].update("".join(hashes).encode())
+            digests.setdefault(name, hashlib.sha256()).update("".join(hashes).encode())  # or an attention expert's own
     return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
@@ -103,14 +106,16 @@ def _figures(directory: Path, stage: dict[str, Any], report: Path) -> tuple[dict
 
 def model_card(config: Any, facts: Facts, format: str, remarks: Sequence[str], title: str) -> str:
     """README.md of a directory that holds the mixture of `config` as `format`; `remarks` go under its limits."""
-    name, paper, tag = METHOD[config.attention]
+    copies = set(config.expert_sources) == {"seed"}
+    name, paper, tag = COPIES if copies else METHOD[config.attention]
+    made = "copies of" if copies else "copies that were trained apart of"
     return "\n".join(
         [
             FRONT.format(tag=tag),
             f"# {title}",
             "",
-            f"A mixture of {config.num_experts} experts, assembled from copies of one {config.seed.model_type} model that "
-            f"were trained apart ({name}, {paper}).",
+            f"A mixture of {config.num_experts} experts, assembled from {made} one {config.seed.model_type} model "
+            f"({name}, {paper}).",
             "",
             *_recipe(config, facts, name),
             *_branches(config, facts),
@@ -128,23 +133,28 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _recipe(config: Any, facts: Facts, method: str) -> list[str]:
     seed, merge = config.seed, facts.merge or "not recorded"
-    attention = "one, merged" if config.attention == "merged" else f"soft mixture of all experts, kv={config.kv}"
-    scale = "" if config.gate_scale == "none" else f", gate_scale={config.gate_scale}"
-    balance = (
-        f"{config.balance}, coefficient {config.balance_coefficient}, per {config.balance_scope}"
-        if config.balance != "none"
-        else "none"
-    )
+    routing = routing_in_words(config.to_dict(), config.num_experts, config.num_attention_experts)
     rows = [
         ["method", method],
         ["seed", f"{seed.model_type}: {seed.num_hidden_layers} layers, hidden size {config.hidden_size}, vocabulary {config.vocab_size}"],
         ["experts, in order", ", ".join(config.experts)],
-        ["attention", attention],
-        ["router", f"{config.router}{scale}, {config.num_experts_per_tok} of {config.num_experts} experts a token"],
-        ["balance loss", balance],
+        *_placement(config),
+        *([f"attention {name.strip()}" if name.startswith(" ") else name, words] for name, words in routing),
         ["all other weights", merge],
     ]  # fmt: skip
     return ["## Recipe", "", *_table(["", ""], rows)]
+
+
+def _placement(config: Any) -> list[list[str]]:
+    """Rows of what is not one expert of each model in every layer."""
+    rows = []
+    if config.split > 1:
+        rows.append(["split", f"each expert has 1/{config.split} of a feed-forward's hidden units"])
+    if config.shared_expert != "none":
+        rows.append(["shared expert", f"{config.shared_expert}, shared_gate={config.shared_gate}"])
+    if config.routed_layers is not None:
+        rows.append(["layers that are mixtures", ", ".join(map(str, config.routed))])
+    return rows
 
 
 def _branches(config: Any, facts: Facts) -> list[str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from upcycle.directories import INDEX, SINGLE, check_room, indexed_tensors, model_files, read_config, weight_files
 from upcycle.durable import write_json
+from upcycle.store import ignore
 
 # Buffers that old checkpoints carry and today's models compute themselves, and names that have changed since.
 IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$|\.(attention|attn)\.(masked_)?bias$")
@@ -179,6 +182,18 @@ class CheckpointWriter:
             write_json(self.directory / INDEX, index)
 
 
+def overwrite_tensors(directory: Path, tensors: dict[str, Tensor]) -> None:
+    """Other values for fp32 tensors of a checkpoint, written where the old ones lie in its files."""
+    files = indexed_tensors(directory) or dict.fromkeys(tensors, SINGLE)
+    for name, tensor in tensors.items():
+        with (directory / files[name]).open("r+b") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(header_bytes))[name]
+            assert (header["dtype"], header["shape"]) == ("F32", list(tensor.shape)) and tensor.dtype == torch.float32
+            file.seek(8 + header_bytes + header["data_offsets"][0])
+            file.write(tensor.contiguous().numpy().astype("<f4").tobytes())
+
+
 def tensor_sha256(tensor: Tensor) -> str:
     """Hash of a tensor's dtype, shape and bytes."""
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
@@ -186,9 +201,10 @@ def tensor_sha256(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def import_checkpoint(source: Path, out: Path) -> None:
+def import_checkpoint(source: Path, out: Path, advance: Callable[..., None] = ignore) -> None:
     """Copy a model's weights, config, tokenizer and generation settings into `out`, links as what they point to.
 
+    advance: called with the bytes copied so far and in all.
     Raises ValueError: see Checkpoint; tensors of other dtypes; no room in `out`, or not to be written to.
     """
     checkpoint = Checkpoint(source)
@@ -196,6 +212,7 @@ def import_checkpoint(source: Path, out: Path) -> None:
     files = model_files(source)
     total_bytes = sum(path.stat().st_size for path in files)
     check_room(out, total_bytes)
+    done = 0
     for path in files:
         try:
             shutil.copyfile(path, out / path.name)
@@ -204,6 +221,8 @@ def import_checkpoint(source: Path, out: Path) -> None:
                 f"{out / path.name}: could not write its {path.stat().st_size:,} bytes ({error.strerror}); "
                 f"{source} needs {total_bytes:,} bytes there"
             ) from None
+        done += path.stat().st_size
+        advance(done, total_bytes)
     _name_as_transformers_does(out, checkpoint)
 
 

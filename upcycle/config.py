@@ -105,7 +105,9 @@ class PhaseConfig:
 
     Exactly one of `steps` and `tokens`, or neither for "the rest" (last phase only). `trainable` and `frozen` are
     group names or regular expressions over parameter names; `frozen` is applied after `trainable`. A pattern of letters
-    and underscores only must be a group. `lr` of None is the run's.
+    and underscores only must be a group. `lr` of None is the run's. `experts`: of the tensors that hold the experts side by
+    side, and of the routers' rows, train those of these experts only; () is all. What experts share is not its business:
+    `{trainable: [router, experts], experts: [new]}` trains nothing else of a BTX mixture.
     """
 
     steps: int | None = None
@@ -113,6 +115,7 @@ class PhaseConfig:
     lr: float | None = Field(default=None, gt=0)
     trainable: tuple[str, ...] = (".*",)
     frozen: tuple[str, ...] = ()
+    experts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -232,93 +235,100 @@ class BranchConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class RouterConfig:
-    """The feed-forward router of a mixture (METHODS: BTX and BAM; arXiv:2403.07816, arXiv:2408.08274)."""
-
-    kind: Literal["top_k", "soft"] = "top_k"
-    top_k: int = Field(default=2, ge=1)
-    gate_order: Literal["topk_softmax", "softmax_topk"] = "topk_softmax"
-    gate_scale: Literal["none", "sum_to_one", "straight_through", "compensate"] = "none"
-    router_gradient: Literal["required", "none"] = "required"
-    balance: Literal["btx", "switch", "none"] = "btx"
-    balance_coefficient: float = Field(default=0.01, ge=0)
-    balance_scope: Literal["sequence", "micro_batch", "global"] = "sequence"
-    z_coefficient: float = Field(default=0.0, ge=0)
-    init: Literal["normal", "zeros"] = "normal"
-    init_std: float = Field(default=0.02, gt=0)
-
-    @model_validator(mode="after")
-    def _means_something(self):
-        if self.kind == "soft" and self.top_k != 1:
-            raise ValueError(
-                f"top_k={self.top_k} has no effect with kind=soft, where every expert sees every token; "
-                "write top_k=1, or kind=top_k if few experts are wanted"
-            )
-        constant = (
-            self.kind == "top_k"
-            and self.top_k == 1
-            and (self.gate_order == "topk_softmax" or self.gate_scale == "sum_to_one")
-        )
-        if constant and self.router_gradient == "required":
-            raise ValueError(
-                f"top_k=1 with gate_order={self.gate_order}, gate_scale={self.gate_scale} makes every gate the constant 1, "
-                "so the language-model loss cannot train the router; use gate_order=softmax_topk with "
-                "gate_scale=straight_through or none, or write router_gradient=none if that is what you want"
-            )
-        if self.gate_order == "topk_softmax" and self.gate_scale not in ("none", "sum_to_one"):
-            raise ValueError(
-                f"gate_scale={self.gate_scale} needs gate_order=softmax_topk: gates of topk_softmax already sum to 1"
-            )
-        return self
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class AssembleConfig:
-    """How branches become one mixture. `attention: merged` is BTX, `attention: mixture` is BAM."""
-
-    router: RouterConfig = RouterConfig()
-    attention: Literal["merged", "mixture"] = "merged"
-    kv: Literal["expert", "shared"] = "expert"
-    merge: Literal["average"] = "average"
-    include_seed: bool = True
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    max_shard_bytes: int = 4_000_000_000
-    prove: bool = True
-    rng_seed: int = Field(default=1, ge=0)
-
-    @model_validator(mode="after")
-    def _means_something(self):
-        if self.attention == "merged" and self.kv == "shared":
-            raise ValueError(
-                "kv=shared has no effect with attention=merged, which has one attention and so one set of keys and values; "
-                "write kv=expert, or attention=mixture for attention experts that share keys and values"
-            )
-        return self
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class MixtureConfig:
-    """A mixture of the experiment: how it is assembled and how it is then trained, if it is (train)."""
-
-    assemble: AssembleConfig
-    train: TrainConfig | None
-
-    @property
-    def kind(self) -> str:
-        return "bam" if self.assemble.attention == "mixture" else "btx"
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
 class EvalConfig:
-    """What is measured on every model. `max_tokens` bounds each domain's split (whole documents, from its start)."""
+    """What is measured on every model. `max_tokens` bounds each domain's split (whole documents, from its start).
+
+    stride: windows of `sequence_length` tokens begin this far apart, and each but the first predicts its last `stride`
+    tokens only; None: they do not overlap.
+    """
 
     split: Literal["valid", "test"] = "test"
     sequence_length: int = Field(default=512, gt=1)
+    stride: int | None = Field(default=None, gt=0)
     batch_sequences: int = Field(default=8, gt=0)
     max_tokens: int | None = Field(default=None, gt=0)
     bootstrap_samples: int = 1000
     precision: Literal["fp32", "bf16"] = "fp32"
     rng_seed: int = Field(default=1, ge=0)
+
+    @model_validator(mode="after")
+    def _leaves_no_token_out(self):
+        if self.tokens_apart > self.sequence_length:
+            raise ValueError(
+                f"stride={self.stride} leaves tokens out between windows of sequence_length={self.sequence_length}; expected "
+                "at most that, or null"
+            )
+        return self
+
+    @property
+    def tokens_apart(self) -> int:
+        """From the begin of a window to that of the next."""
+        return self.stride or self.sequence_length
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CurvatureConfig:
+    """What is measured of a model's loss around its weights (curvature.measure), on how much of its training text.
+
+    labels: drawn from the model's own predictions (the Fisher matrix), or as the text has them (the empirical one).
+    largest_factor: linears with more in- or out-features have no Gram matrices and no Kronecker factors.
+    """
+
+    kinds: tuple[Literal["fisher", "gram", "kfac", "hessian"], ...] = Field(default=("fisher",), min_length=1)
+    sequences: int = Field(default=256, gt=0)
+    sequence_length: int = Field(default=512, gt=1)
+    labels: Literal["sampled", "observed"] = "sampled"
+    largest_factor: int = Field(default=16384, gt=0)
+    rng_seed: int = Field(default=1, ge=0)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ContinuationsConfig:
+    """Questions from held-out documents: which of `choices` passages goes on from at most `context_characters` of text?
+
+    questions: of one domain, at most. continuation_characters: of every choice, exactly.
+    """
+
+    questions: int = Field(default=200, gt=0)
+    choices: int = Field(default=4, gt=1)
+    context_characters: int = Field(default=256, gt=0)
+    continuation_characters: int = Field(default=96, gt=0)
+    rng_seed: int = Field(default=1, ge=0)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TasksConfig:
+    """Tasks of lm-eval, for every model of the run.
+
+    names: suites (`evals.suites`) and lm-eval's own tasks, groups and tags. num_fewshot: examples before each question
+    (None: the suite's number, else the task's). limit: questions of a task, at most. sequence_length: tokens of an input,
+    at most (None: what the model takes). execute_code: let tasks run the programs that the models write, here.
+    """
+
+    names: tuple[str, ...] = Field(min_length=1)
+    num_fewshot: int | None = Field(default=None, ge=0)
+    limit: int | None = Field(default=None, gt=0)
+    batch_sequences: int = Field(default=8, gt=0)
+    sequence_length: int | None = Field(default=None, gt=1)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    execute_code: bool = False
+    rng_seed: int = Field(default=1, ge=0)
+    continuations: ContinuationsConfig = ContinuationsConfig()
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class AblationConfig:
+    """Every mixture without each of its E experts, and with each alone: 2 · E + 1 evaluations. max_tokens: as in
+    EvalConfig, whose it is where it is None."""
+
+    max_tokens: int | None = Field(default=None, gt=0)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class EnsembleConfig:
+    """Seed and branches side by side, weighed by what they have predicted so far (arXiv:2208.03306); top_k: so many of them."""
+
+    top_k: int | None = Field(default=None, ge=1)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -1,6 +1,6 @@
 """The config of a mixture, as it stands in config.json beside its weights.
 
-This file travels inside checkpoints as remote code: it imports `.families`, `.losses` and `.routing` only.
+This file travels inside checkpoints as remote code: it imports other such files only.
 """
 
 from __future__ import annotations
@@ -9,48 +9,47 @@ import copy
 
 from transformers import AutoConfig, PretrainedConfig
 
-from .families import Family, family_of, head_dim
+from .families import head_dim
+from .kinds import FACTS
 from .losses import LOADS
-from .routing import GATE_SCALES, ROUTERS
+from .plans import expert_plan, sharding_plan, tensor_plan
+from .routing import GATE_SCALES, Rule, gates_sum_to_one, impossible
 
-# Styles of transformers.distributed for the stacked experts: every expert cut along its hidden units, or whole experts.
-# Names that a family lacks (it has no biases, or no gate) are dropped when the model is built. down_proj_bias has no
-# style in the first: each rank holds it whole and adds its share.
-CUT_EXPERTS = {
-    "experts.gate_up_proj": "packed_colwise",
-    "experts.gate_up_proj_bias": "packed_rowwise",  # along the last dimension, gate and up apart
-    "experts.up_proj": "colwise",
-    "experts.up_proj_bias": "rowwise",  # along the last dimension
-    "experts.down_proj": "rowwise",
-    "experts": "moe_tp_experts",
+# What the router_options and attention_router of a config may hold, beside what they are without it.
+OPTIONS = {
+    name: value for name, value in Rule._field_defaults.items() if name not in ("top_k", "gate_scale", "groups", "seed")
 }
-WHOLE_EXPERTS = {
-    **dict.fromkeys([name for name in CUT_EXPERTS if name != "experts"], "grouped_gemm"),
-    "experts.down_proj_bias": "grouped_gemm",
-    "experts": "ep_dispatch_experts",
+ATTENTION_ROUTER = {"kind": "soft", "top_k": 1, "gate_scale": "none", **OPTIONS}
+LOSSES = {
+    "balance": "none",
+    "balance_coefficient": 0.0,
+    "balance_scope": "sequence",
+    "z_coefficient": 0.0,
+    "similarity_coefficient": 0.0,
+    "entropy_coefficient": 0.0,
 }
-WHOLE_HEADS = {"colwise": "colwise_gather_output", "rowwise": "rowwise_split_input"}
 
-
-def with_whole_heads(plan: dict[str, str], family: Family) -> dict[str, str]:
-    """A tensor-parallel plan whose attentions see all heads on every rank: weights stay cut, activations are gathered.
-
-    For norms of queries and keys that a rank's share of the heads is not enough for.
-    """
-    attention = f"decoder.{family.layers}.*.{family.attention}."
-    return {
-        name: WHOLE_HEADS.get(style, style) if name.startswith(attention) else style
-        for name, style in plan.items()
-        if name.removeprefix(attention) not in family.norms
-    }
+AUTO_MAP = {
+    "AutoConfig": "configuration.UpcycledConfig",
+    "AutoModel": "modeling.UpcycledModel",
+    "AutoModelForCausalLM": "modeling.UpcycledForCausalLM",
+}
 
 
 class UpcycledConfig(PretrainedConfig):
     """A mixture: the seed's config, the experts by name and in order, and its routers.
 
-    experts: names; the position is the expert's index in every stacked tensor and router row.
-    attention: "merged" (one attention, BTX) or "mixture" (soft mixture over the same experts, BAM), with
-    kv: "expert" | "shared". router: a name in routing.ROUTERS; gate_scale, balance, balance_scope as in METHODS.
+    experts: names; the position is the expert's index in every stacked tensor and router row. expert_sources: the model
+    that each came from, "seed" or a branch (None: its own name). one_per_source: a token takes one expert of each at most.
+    split: hidden units of the seed's feed-forward over those of one expert. shared_expert: "none", or whose feed-forward
+    every token takes beside the routed ones ("seed", "merged"), and shared_gate, "half" of either or the "sum".
+    attention: "merged" (one attention, BTX) or "mixture" (soft mixture over experts, BAM), with kv: "expert" | "shared".
+    attention_experts, attention_sources: names and sources of these (None: those of `experts`). router: a name in
+    routing.ROUTERS; its other fields (`routing.Rule`) are num_experts_per_tok, gate_scale and router_options.
+    attention_router: the same fields of the attention's, in one.
+    tie: "none", "layers" (the first layer decides for all), "sublayers" (the feed-forward router has the attention router's
+    logits) or "skip" (a router adds the logits of the layer before). balance to entropy_coefficient: the feed-forward
+    routers' losses; attention_losses: the same fields for the attention's. routed_layers: those that are mixtures (None: all).
     """
 
     model_type = "upcycled"
@@ -63,58 +62,219 @@ class UpcycledConfig(PretrainedConfig):
         num_experts_per_tok: int = 2,
         router: str = "topk_softmax",
         gate_scale: str = "none",
+        router_options: dict | None = None,
         attention: str = "merged",
+        attention_router: dict | None = None,
         kv: str = "expert",
+        tie: str = "none",
         balance: str = "none",
         balance_coefficient: float = 0.0,
         balance_scope: str = "sequence",
         z_coefficient: float = 0.0,
+        similarity_coefficient: float = 0.0,
+        entropy_coefficient: float = 0.0,
+        attention_losses: dict | None = None,
+        expert_sources: list[str] | None = None,
+        one_per_source: bool = False,
+        attention_experts: list[str] | None = None,
+        attention_sources: list[str] | None = None,
+        split: int = 1,
+        shared_expert: str = "none",
+        shared_gate: str = "half",
+        routed_layers: list[int] | None = None,
         initializer_range: float = 0.02,
         **kwargs,
     ):
         seed = {"model_type": "llama"} if seed is None else seed
         self.seed = AutoConfig.for_model(**seed) if isinstance(seed, dict) else seed
         self.experts = list(experts)
-        self.num_experts_per_tok = len(self.experts) if router == "soft" else num_experts_per_tok
-        self.router, self.gate_scale, self.attention, self.kv = router, gate_scale, attention, kv
+        self.expert_sources = list(self.experts if expert_sources is None else expert_sources)
+        self.attention_experts = None if attention_experts is None else list(attention_experts)
+        self.attention_sources = None if attention_sources is None else list(attention_sources)
+        self.one_per_source, self.routed_layers = one_per_source, routed_layers
+        self.split, self.shared_expert, self.shared_gate = split, shared_expert, shared_gate
+        self.router, self.gate_scale, self.attention, self.kv, self.tie = router, gate_scale, attention, kv, tie
+        self.router_options = OPTIONS | (router_options or {})
+        self.attention_router = ATTENTION_ROUTER | (attention_router or {})
+        self.num_experts_per_tok = _places(router, num_experts_per_tok, len(self.experts))
+        self.attention_router["top_k"] = _places(
+            self.attention_router["kind"], self.attention_router["top_k"], self.num_attention_experts
+        )
         self.balance, self.balance_coefficient, self.balance_scope = balance, balance_coefficient, balance_scope
-        self.z_coefficient, self.initializer_range = z_coefficient, initializer_range
+        self.z_coefficient, self.similarity_coefficient = z_coefficient, similarity_coefficient
+        self.entropy_coefficient, self.attention_losses = entropy_coefficient, LOSSES | (attention_losses or {})
+        self.initializer_range = initializer_range
         for name in ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(name, getattr(self.seed, name, None))
-        kwargs.setdefault(
-            "auto_map",
-            {
-                "AutoConfig": "configuration.UpcycledConfig",
-                "AutoModel": "modeling.UpcycledModel",
-                "AutoModelForCausalLM": "modeling.UpcycledForCausalLM",
-            },
-        )
+        kwargs.setdefault("auto_map", dict(AUTO_MAP))
         super().__init__(**kwargs)
         self._check()
 
     def _check(self) -> None:
-        choices = {
-            "router": ROUTERS,
-            "gate_scale": GATE_SCALES,
-            "attention": ("merged", "mixture"),
-            "kv": ("expert", "shared"),
-            "balance": ("none", *LOADS),
-            "balance_scope": ("sequence", "micro_batch", "global"),
-        }
-        for name, valid in choices.items():
-            if getattr(self, name) not in valid:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not known; expected one of {', '.join(valid)}")
-        if len(set(self.experts)) != len(self.experts):
-            raise ValueError(f"experts={self.experts} has a name twice; experts need distinct names")
-        if not 1 <= self.num_experts_per_tok <= self.num_experts:
+        scopes = ("sequence", "micro_batch", "global")
+        choices = [
+            ("router", self.router, FACTS),
+            ("gate_scale", self.gate_scale, GATE_SCALES),
+            ("attention", self.attention, ("merged", "mixture")),
+            ("attention_router.kind", self.attention_router["kind"], [name for name in FACTS if name != "switch"]),
+            ("attention_router.gate_scale", self.attention_router["gate_scale"], GATE_SCALES),
+            ("kv", self.kv, ("expert", "shared")),
+            ("shared_expert", self.shared_expert, ("none", "seed", "merged")),
+            ("shared_gate", self.shared_gate, ("half", "sum")),
+            ("tie", self.tie, ("none", "layers", "sublayers", "skip")),
+            ("balance", self.balance, ("none", *LOADS)),
+            ("balance_scope", self.balance_scope, scopes),
+            ("attention_losses.balance", self.attention_losses["balance"], ("none", *LOADS)),
+            ("attention_losses.balance_scope", self.attention_losses["balance_scope"], scopes),
+        ]
+        for name, value, valid in choices:
+            if value not in valid:
+                raise ValueError(f"{name}={value!r} is not known; expected one of {', '.join(valid)}")
+        for name, given, valid in (
+            ("router_options", self.router_options, OPTIONS),
+            ("attention_router", self.attention_router, ATTENTION_ROUTER),
+            ("attention_losses", self.attention_losses, LOSSES),
+        ):
+            if odd := [key for key in given if key not in valid]:
+                raise ValueError(f"{name}: {odd[0]!r} is not known; expected one of {', '.join(valid)}")
+        layers = range(self.seed.num_hidden_layers)
+        if (self.routed_layers is not None and not set(self.routed_layers) <= set(layers)) or self.routed_layers == []:
             raise ValueError(
-                f"num_experts_per_tok={self.num_experts_per_tok} is not between 1 and the {self.num_experts} experts "
-                f"({', '.join(self.experts)}); lower top_k or add a branch"
+                f"routed_layers={self.routed_layers}: expected some of the seed's {len(layers)} layers, from 0"
             )
+        self._check_experts()
+        for part in self.parts:
+            if problem := impossible(self.rule(part, self.routed[-1])) or self._idle_loss(part):
+                raise ValueError(f"{part} router: {problem}")
+        if self.tie in ("layers", "skip") and len(self.routed) == 1:
+            raise ValueError(f"tie={self.tie} has no effect with one mixture layer; expected tie=none, or more layers")
+        if "sample_top1" in (self.router, self.attention_router["kind"]) and len(self.routed) == 1:
+            raise ValueError(
+                "sample_top1 is soft in the first mixture layer, and there is no other; expected soft, or more layers"
+            )
+        if self.tie == "layers" and "sample_top1" in [self.rule(part, self.routed[-1]).kind for part in self.parts]:
+            raise ValueError(
+                "tie=layers: the first layer of sample_top1 is soft, and would be so in all layers; expected tie=none, or "
+                "another router"
+            )
+
+    def _idle_loss(self, part: str) -> str:
+        """Why a loss of `part` that is switched on could not train its routers; "" if there is none such."""
+        names, rule = self.loss_names(part), self.rule(part, self.routed[-1])
+        if "balance" in names and self.losses(part)["balance"] == "switch" and rule.top_k == len(self.names_of(part)):
+            return "balance=switch is constant where a token takes every expert; expected balance=btx, or none"
+        if "similarity" in names and (self.tie == "layers" or len(self.routed) == 1):
+            return "similarity compares the decisions of layers, and there is one decision; expected its coefficient to be 0"
+        return ""
+
+    def _check_experts(self) -> None:
+        where = "router.top_k (num_experts_per_tok)"
+        sides = [("experts", self.experts, self.expert_sources, where, self.num_experts_per_tok)]
+        if self.attention == "mixture":
+            top_k = self.attention_router["top_k"]
+            names, sources = self.names_of("attention"), self.sources_of("attention")
+            sides.append(("attention_experts", names, sources, "attention_router.top_k", top_k))
+        for field, names, sources, where, top_k in sides:
+            if len(set(names)) != len(names):
+                raise ValueError(f"{field}={names} has a name twice; experts need distinct names")
+            if len(sources) != len(names):
+                raise ValueError(
+                    f"{field}: {len(names)} names and {len(sources)} sources; expected one source for each"
+                )
+            if not 1 <= top_k <= len(names):
+                shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+                raise ValueError(
+                    f"{where}={top_k} is not between 1 and the {len(names)} experts ({shown}); lower top_k or add a branch"
+                )
+        if self.tie == "sublayers" and self.num_attention_experts != self.num_experts:
+            raise ValueError(
+                f"tie=sublayers: {self.num_experts} feed-forward experts cannot have the logits of {self.num_attention_experts} "
+                "attention experts; expected as many of either, or tie=none"
+            )
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The sublayers that have routers."""
+        return ("ffn", "attention") if self.attention == "mixture" else ("ffn",)
+
+    @property
+    def routed(self) -> list[int]:
+        """The layers that are mixtures, in order."""
+        return list(range(self.seed.num_hidden_layers)) if self.routed_layers is None else sorted(self.routed_layers)
+
+    def rule(self, part: str, layer: int) -> Rule:
+        """The router of `part` ("ffn" or "attention") in a layer. BTX's sample_top1 is soft in the first one."""
+        if part == "ffn":
+            rule = Rule(self.router, self.num_experts_per_tok, self.gate_scale, **self.router_options)
+        else:
+            rule = Rule(**self.attention_router)
+        sources = self.sources_of(part)
+        order = list(dict.fromkeys(sources))
+        # Soft attention has all experts; who asks for one of a source means the feed-forward's.
+        grouped = self.one_per_source and (part == "ffn" or FACTS[rule.kind].selects)
+        groups = tuple(order.index(source) for source in sources) if grouped else None
+        rule = rule._replace(groups=groups, seed=sources.index("seed") if "seed" in sources else -1)
+        if rule.kind == "sample_top1" and layer == self.routed[0]:
+            return rule._replace(kind="soft", top_k=len(sources))
+        return rule
+
+    def ties(self, part: str, layer: int) -> dict[str, str]:
+        """What the router of `part` in a layer takes from another: `router.Router`'s arguments."""
+        place = self.routed.index(layer)
+        if self.tie == "sublayers":
+            return {"logits_of": f"attention.{layer}"} if part == "ffn" else {}
+        if self.tie == "none" or place == 0:
+            return {}
+        if self.tie == "layers":
+            return {"decides": f"{part}.{self.routed[0]}"}
+        return {"skip_from": f"{part}.{self.routed[place - 1]}"}
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a router decides for many tokens, so that it remembers with the cache."""
+        return any(self.rule(part, self.routed[0]).per != "token" for part in self.parts)
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether routers change with the optimizer's steps, beyond their weights: what train.py does, and no other loop."""
+        rules = [self.rule(part, self.routed[-1]) for part in self.parts]
+        return any(rule.bias_rate or rule.kind == "sample_top1" for rule in rules)
+
+    @property
+    def gates_sum_to_one(self) -> bool:
+        """Whether the feed-forward gates of every token sum to 1, so that copies of the seed are the seed."""
+        return gates_sum_to_one(self.rule("ffn", self.routed[-1]), self.num_experts)
+
+    def losses(self, part: str) -> dict:
+        """The auxiliary losses of the routers of `part`: the fields of LOSSES."""
+        return {name: getattr(self, name) for name in LOSSES} if part == "ffn" else dict(self.attention_losses)
+
+    def loss_names(self, part: str) -> dict[str, str]:
+        """The losses of `part` that are switched on, and what they are called in a mixture's outputs and metrics."""
+        losses, prefix = self.losses(part), "" if part == "ffn" else f"{part}_"
+        return {
+            name: prefix + name
+            for name in ("balance", "z", "similarity", "entropy")
+            if losses[f"{name}_coefficient"] and (name != "balance" or losses["balance"] != "none")
+        }
 
     @property
     def num_experts(self) -> int:
         return len(self.experts)
+
+    @property
+    def num_attention_experts(self) -> int:
+        return len(self.names_of("attention"))
+
+    def names_of(self, part: str) -> list[str]:
+        """The experts of "ffn" or "attention", in order."""
+        return self.experts if part == "ffn" or self.attention_experts is None else self.attention_experts
+
+    def sources_of(self, part: str) -> list[str]:
+        """The model that each of them came from."""
+        if part == "ffn" or self.attention_experts is None:
+            return self.expert_sources
+        return self.attention_experts if self.attention_sources is None else self.attention_sources
 
     @property
     def vocab_size(self) -> int:
@@ -126,41 +286,38 @@ class UpcycledConfig(PretrainedConfig):
 
     @property
     def base_model_tp_plan(self) -> dict[str, str]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Tensor parallelism: the plan of the seed's family, with the experts cut along their hidden units."""
-        family = family_of(self.seed)
-        attention, mlp = (f"{family.layers}.*.{part}." for part in (family.attention, family.mlp))
-        plan = {}
-        for name, style in (self.seed.base_model_tp_plan or {}).items():
-            if self.attention == "mixture" and name == f"{attention}{family.fused}":
-                plan |= {f"{name}.{role}": style for role in ("query", "key", "value")}
-            elif not name.startswith(mlp):
-                plan[name] = style
-        plan |= {f"{mlp}{name}": style for name, style in CUT_EXPERTS.items()}
-        return {f"decoder.{name}": style for name, style in plan.items()}
+        return tensor_plan(self)
 
     @property
     def base_model_ep_plan(self) -> dict[str, str]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Expert parallelism: whole experts on their ranks. A mixture of attention is not part of it."""
-        family = family_of(self.seed)
-        return {f"decoder.{family.layers}.*.{family.mlp}.{name}": style for name, style in WHOLE_EXPERTS.items()}
+        return expert_plan(self)
 
     @property
     def base_model_fsdp_plan(self) -> dict[str, str]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The layers; the model adds its embeddings and its final norm, whose names it knows."""
-        return {f"decoder.{family_of(self.seed).layers}.*": "free_full_weight"}
+        return sharding_plan(self)
 
     def get_text_config(self, decoder=None, encoder=None):
-        """The seed's config with the head counts the cache really has. Shallow: kernel settings stay live."""
+        """The seed's config with the head counts that the cache of a mixture's layer has. Shallow: kernel settings stay live.
+
+        Caches take their sizes from the keys themselves; `UpcycledForCausalLM._get_static_cache_init_shape` says what
+        happens where they would be read here.
+        """
         if self.attention == "merged":
             return self.seed
         wide = copy.copy(self.seed)
         wide.head_dim = head_dim(self.seed)  # else it would be derived from the wide head count
-        wide.num_attention_heads *= self.num_experts
+        wide.num_attention_heads *= self.num_attention_experts
         if getattr(wide, "num_key_value_heads", None) and self.kv == "expert":
-            wide.num_key_value_heads *= self.num_experts
+            wide.num_key_value_heads *= self.num_attention_experts
         elif not getattr(wide, "num_key_value_heads", None) and self.kv == "shared":
             wide.num_key_value_heads = self.seed.num_attention_heads
         return wide
+
+
+def _places(kind: str, top_k: int, num_experts: int) -> int:
+    """K: all experts where the router needs them all, one where it takes one."""
+    facts = FACTS.get(kind)  # an unknown one is refused below
+    return num_experts if facts and facts.every else 1 if facts and facts.one else top_k
 
 
 if __name__.startswith("upcycle."):  # as remote code it must not stand in for the code of other directories

@@ -5,10 +5,15 @@ Shapes: V vocabulary, D hidden, d head size, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from upcycle.config import AssembleConfig
+from upcycle.experts import Matched, Placed, place, routed_layers
+from upcycle.kinds import FACTS
+from upcycle.mixture_config import AssembleConfig
+
+FINEST = 16  # granularity up to which a match is looked for
+CLOSE = 0.01  # a match is within this share of both figures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +74,13 @@ DEFAULTS: dict[str, dict] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The sizes that decide what a decoder costs. `experts = 1` and `attention_experts = 1` is a dense model.
+    """The sizes that decide what a decoder costs. `mixtures = 0` is a dense model.
 
-    Parameters of one layer: `mlp`, of one expert; `queries`, all that every attention expert has, and `keys_values`,
-    which experts may share; `norms`. Of the model: `positions`, learned ones;
-    `outside`, all but those, layers, embedding and head.
+    Parameters of one layer: `mlp`, of a whole feed-forward of `width` hidden units, `down_bias` of which every shard has;
+    `queries`, all that every attention expert has, and `keys_values`, which experts may share; `norms`. Of the model:
+    `positions`, learned ones; `outside`, all but those, layers, embedding and head.
+    Of a mixture: in `mixtures` layers `experts` shards of mlp/split, of which a token takes top_k, but all in `soft_layers`
+    of them; `shared`, a whole feed-forward beside them. router_rows: of all routers together.
     """
 
     vocab: int
@@ -83,23 +90,29 @@ class Shape:
     kv_heads: int
     head_size: int
     mlp: int
+    width: int
+    down_bias: int
     queries: int
     keys_values: int
     norms: int
     outside: int
     positions: int = 0
     tied: bool = False
+    mixtures: int = 0
     experts: int = 1
     top_k: int = 1
+    split: int = 1
+    shared: bool = False
     attention_experts: int = 1
     shared_kv: bool = False
+    router_rows: int = 0
+    soft_layers: int = 0
 
     @classmethod
     def of_config(cls, config: Mapping) -> Shape:
         """From the fields of a config.json, dense or ours. A family without DETAILS is counted like Llama."""
         if config.get("model_type") == "upcycled":
-            dense, experts = cls.of_config(config["seed"]), len(config["experts"])
-            return dense.as_mixture(experts, config["num_experts_per_tok"], config["attention"], config["kv"])
+            return _saved_mixture(cls.of_config(config["seed"]), config)
         family = config.get("model_type", "llama")
         details, found = DETAILS.get(family, LLAMA), DEFAULTS.get(family, {}) | dict(config)
         found |= {name: found[alias] for alias, name in ALIASES.items() if alias in found}
@@ -123,6 +136,8 @@ class Shape:
             kv_heads=kv_heads,
             head_size=size,
             mlp=hidden * (up + feed_forward) + on(details.mlp_bias) * (up + hidden),
+            width=feed_forward,
+            down_bias=on(details.mlp_bias) * hidden,
             queries=2 * hidden * heads * size
             + on(details.qkv_bias) * heads * size
             + on(details.output_bias) * hidden
@@ -134,27 +149,41 @@ class Shape:
             tied=bool(found.get("tie_word_embeddings", False)),
         )
 
-    def as_mixture(self, experts: int, top_k: int, attention: str, kv: str) -> Shape:
-        """The shape of a mixture of `experts` copies of this dense model; the words are those of AssembleConfig."""
-        soft_attention = attention == "mixture"
+    def assembled(self, choice: AssembleConfig, branches: Sequence[str]) -> Shape:
+        """The mixture that `choice` makes of this dense model and its branches. Raises ValueError: see `placed`."""
+        found = placed(self, choice, branches)
+        experts, attention = len(found.experts), len(found.attention)
+        kinds = {"ffn": (choice.router.form, experts)}
+        kinds |= {"attention": (choice.attention_router.form, attention)} if attention else {}
+        mixtures = self.layers if found.layers is None else len(found.layers)
         return replace(
             self,
+            mixtures=mixtures,
             experts=experts,
-            top_k=top_k,
-            attention_experts=experts if soft_attention else 1,
-            shared_kv=soft_attention and kv == "shared",
+            top_k=experts if choice.router.facts.every else 1 if choice.router.facts.one else found.top_k,
+            split=found.split,
+            shared=choice.placement.shared_expert != "none",
+            attention_experts=attention or 1,
+            shared_kv=choice.attention == "mixture" and choice.kv == "shared",
+            router_rows=_router_rows(kinds, choice.tie, mixtures),
+            soft_layers=int(choice.router.kind == "sample_top1"),
         )
 
-    def assembled(self, choice: AssembleConfig, experts: int) -> Shape:
-        top_k = experts if choice.router.kind == "soft" else choice.router.top_k
-        return self.as_mixture(experts, top_k, choice.attention, choice.kv)
+    @property
+    def _shard(self) -> int:
+        return (self.mlp - self.down_bias) // self.split + self.down_bias
 
     def _with(self, mlps: int) -> int:
-        routed = (self.experts > 1) * self.experts + (self.attention_experts > 1) * self.attention_experts
         keys_values = self.keys_values * (1 if self.shared_kv else self.attention_experts)
-        attention = self.queries * self.attention_experts + keys_values
-        layer = mlps * self.mlp + attention + routed * self.hidden + self.norms
-        return self.layers * layer + self.vocab * self.hidden * (1 if self.tied else 2) + self.positions + self.outside
+        mixture = mlps * self._shard + self.shared * self.mlp + self.queries * self.attention_experts + keys_values
+        dense = self.mlp + self.queries + self.keys_values
+        layers = self.mixtures * mixture + (self.layers - self.mixtures) * dense + self.layers * self.norms
+        embeddings = self.vocab * self.hidden * (1 if self.tied else 2)
+        return layers + self.router_rows * self.hidden + embeddings + self.positions + self.outside
+
+    def _in_all_layers(self, of_experts: int) -> int:
+        """So much for each attention: `of_experts` in a mixture's layer, 1 in the others."""
+        return self.mixtures * of_experts + self.layers - self.mixtures
 
     @property
     def parameters(self) -> int:
@@ -163,12 +192,12 @@ class Shape:
     @property
     def active_parameters(self) -> int:
         """Parameters that take part in one token: K of the E feed-forward experts, all attention experts."""
-        return self._with(self.top_k)
+        return self._with(self.top_k) + self.soft_layers * (self.experts - self.top_k) * self._shard
 
     def forward_flops_per_token(self, sequence_length: int) -> int:
         """2 FLOPs per weight of every matrix product, plus causal attention's 2·S·H·d (half of all S² pairs)."""
         lookups = self.vocab * self.hidden * (0 if self.tied else 1) + self.positions  # weights that nothing multiplies
-        attention = 2 * sequence_length * self.heads * self.head_size * self.attention_experts * self.layers
+        attention = 2 * sequence_length * self.heads * self.head_size * self._in_all_layers(self.attention_experts)
         return 2 * (self.active_parameters - lookups) + attention
 
     def train_flops_per_token(self, sequence_length: int) -> int:
@@ -181,8 +210,112 @@ class Shape:
         return self.parameters * 16
 
     def cache_bytes_per_token(self, bytes_per_value: int = 2) -> int:
-        heads = self.kv_heads * (1 if self.shared_kv else self.attention_experts)
-        return 2 * self.layers * heads * self.head_size * bytes_per_value
+        heads = self.kv_heads * self._in_all_layers(1 if self.shared_kv else self.attention_experts)
+        return 2 * heads * self.head_size * bytes_per_value
+
+
+def _saved_mixture(dense: Shape, config: Mapping) -> Shape:
+    """From config.json of a mixture (configuration.py)."""
+    soft, experts = config["attention"] == "mixture", len(config["experts"])
+    attention = len(config["attention_experts"] or config["experts"]) if soft else 1
+    kinds = {"ffn": (config["router"], experts)}
+    kinds |= {"attention": (config["attention_router"]["kind"], attention)} if soft else {}
+    mixtures = dense.layers if config["routed_layers"] is None else len(config["routed_layers"])
+    return replace(
+        dense,
+        mixtures=mixtures,
+        experts=experts,
+        top_k=config["num_experts_per_tok"],
+        split=config["split"],
+        shared=config["shared_expert"] != "none",
+        attention_experts=attention,
+        shared_kv=soft and config["kv"] == "shared",
+        router_rows=_router_rows(kinds, config["tie"], mixtures),
+        soft_layers=int(config["router"] == "sample_top1"),  # UpcycledConfig.rule
+    )
+
+
+def _router_rows(kinds: Mapping[str, tuple[str, int]], tie: str, layers: int) -> int:
+    """Rows of all routers; kinds: of each part, its kind of router and its experts. Those that follow others have none."""
+    rows = 0
+    for part, (kind, experts) in kinds.items():
+        if not FACTS[kind].weightless and not (tie == "sublayers" and part == "ffn"):
+            rows += experts * (1 if tie == "layers" else layers)
+    return rows
+
+
+def placed(seed: Shape, choice: AssembleConfig, branches: Sequence[str]) -> Placed:
+    """The experts that `choice` makes of a seed of this shape and its branches.
+
+    Raises ValueError: see `experts.place`; nothing matches (`matched`).
+    """
+    found = matched(seed, choice, branches) if choice.placement.match != "none" else None
+    return place(choice, branches, seed.layers, seed.width, found)
+
+
+def matched(seed: Shape, choice: AssembleConfig, branches: Sequence[str]) -> Matched:
+    """The coarsest split G, the number of shards S and the top_k K that make BTX as large as BAM of the same sources:
+
+        total(G, S) = total of BAM,    active(G, S, K) = active of BAM,    each within 1 %
+
+    BAM has attention experts with keys and values of their own, and one feed-forward expert a token (arXiv:2408.08274: "BTX
+    with equal total and active parameters" has 6 experts and top-3 against BAM of 4; there G = 1).
+    Raises ValueError: no G up to 16 that divides the width comes so close; the error names the nearest.
+    """
+    count, mixtures = len(branches) + choice.include_seed, seed.layers
+    if layers := routed_layers(choice.placement.layers, seed.layers):
+        mixtures = len(layers)
+    shared = choice.placement.shared_expert != "none"
+    rows = _router_rows({"ffn": ("topk_softmax", count), "attention": ("soft", count)}, choice.tie, mixtures)
+    start = replace(seed, mixtures=mixtures, experts=count, shared=shared)
+    bam = replace(start, attention_experts=count, router_rows=rows)
+    tried: list[tuple[float, Shape]] = []
+    for split in (split for split in range(1, FINEST + 1) if seed.width % split == 0):
+        found = _fit(start, bam, split, choice.tie)
+        tried.append((_off(found, bam), found))
+        if tried[-1][0] <= CLOSE:
+            return Matched(split, found.experts, found.top_k, _matching(found, bam))
+    _, nearest = min(tried, key=lambda one: one[0])
+    raise ValueError(
+        f"placement.match={choice.placement.match}: no split up to {FINEST} of the {seed.width} hidden units comes within "
+        f"{CLOSE:.0%} of BAM in total and in active parameters; the nearest is {_matching(nearest, bam)}; take a seed with "
+        "another intermediate size, or more layers"
+    )
+
+
+def _fit(start: Shape, bam: Shape, split: int, tie: str) -> Shape:
+    """As many shards, and of them as many a token, as come closest to BAM's parameters; both counts are linear."""
+
+    def of(shards: int, top_k: int) -> Shape:
+        rows = _router_rows({"ffn": ("topk_softmax", shards)}, tie, start.mixtures)
+        return replace(start, split=split, experts=shards, top_k=top_k, router_rows=rows)
+
+    least = start.experts * split
+    a_shard = of(least + 1, 1).parameters - of(least, 1).parameters
+    shards = least + round((bam.parameters - of(least, 1).parameters) / a_shard)
+    a_place = of(shards, 2).active_parameters - of(shards, 1).active_parameters
+    top_k = 1 + round((bam.active_parameters - of(shards, 1).active_parameters) / a_place)
+    near = [of(shards + more, top_k + less) for more in (0, -1, 1) for less in (0, -1, 1)]
+    # Two shards a token at least: the gate of one would be the constant 1, and teach the router nothing.
+    fitting = [one for one in near if least <= one.experts and 2 <= one.top_k <= one.experts]
+    return min(fitting or [of(max(shards, least), 2)], key=lambda one: _off(one, bam))
+
+
+def _off(found: Shape, wanted: Shape) -> float:
+    """The larger of the two differences, as a share."""
+    total = abs(found.parameters / wanted.parameters - 1)
+    return max(total, abs(found.active_parameters / wanted.active_parameters - 1))
+
+
+def _matching(found: Shape, bam: Shape) -> str:
+    figures = [
+        f"{ours:,} {name}, BAM's {theirs:,} ({ours / theirs - 1:+.2%})"
+        for name, ours, theirs in (
+            ("parameters", found.parameters, bam.parameters),
+            ("active", found.active_parameters, bam.active_parameters),
+        )
+    ]
+    return f"split {found.split}, {found.experts} shards, {found.top_k} a token: {'; '.join(figures)}"
 
 
 def _query_key_norms(details: Details, queries: int, keys: int, size: int) -> tuple[int, int]:

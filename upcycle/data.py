@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,19 @@ import numpy as np
 from upcycle.batches import mixed
 from upcycle.config import DataConfig, DomainConfig, TokenizerConfig
 from upcycle.documents import read_documents
+from upcycle.store import ignore
 
 SPLITS = ("train", "valid", "test")
 EOS = "<|endoftext|>"
 PERMUTATIONS = 128  # MinHash: the standard error of an estimated similarity of 0.7 is 0.04
 SHINGLE_WORDS = 5
 CHUNK_TOKENS = 2_000_000
+CHUNK_DOCUMENTS, CHUNKS = 1000, 50  # tokenised at once: at least so many, and a split in at most so many pieces
 
 
-def near_duplicate_clusters(texts: Sequence[str], similarity: float, rng_seed: int) -> np.ndarray:
+def near_duplicate_clusters(
+    texts: Sequence[str], similarity: float, rng_seed: int, advance: Callable[..., None] = ignore
+) -> np.ndarray:
     """Cluster number of each document; two documents share one if a chain of near duplicates connects them.
 
     Near duplicates have an estimated Jaccard similarity >= `similarity` of their sets of 5-word shingles (MinHash,
@@ -45,6 +49,7 @@ def near_duplicate_clusters(texts: Sequence[str], similarity: float, rng_seed: i
     empty = MinHash(num_perm=PERMUTATIONS, seed=rng_seed, hashfunc=int)
     word_hashes: dict[str, int] = {}
     for number, text in enumerate(texts):
+        advance(number + 1, len(texts), doing="documents compared")
         original = first.setdefault(text_hash(text), number)
         if original != number:
             links.append((original, number))
@@ -114,7 +119,9 @@ def split_clusters(texts: Sequence[str], clusters: np.ndarray, domain: DomainCon
     return {split: sorted(docs) for split, docs in splits.items()}
 
 
-def collect_domain(domain: DomainConfig, data: DataConfig, out: Path) -> dict[str, Any]:
+def collect_domain(
+    domain: DomainConfig, data: DataConfig, out: Path, advance: Callable[..., None] = ignore
+) -> dict[str, Any]:
     """Read a domain and write `<split>.parquet` (column text) and `documents.json`, whose contents it returns.
 
     All documents are held in memory while they are compared; `max_bytes` bounds them.
@@ -122,11 +129,11 @@ def collect_domain(domain: DomainConfig, data: DataConfig, out: Path) -> dict[st
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    documents = list(read_documents(domain, data.rng_seed))
+    documents = list(_counted(read_documents(domain, data.rng_seed), domain.max_bytes, advance))
     texts = [text for text in documents if text.strip()]
     if not texts:
         raise ValueError(f"domain {domain.path} has {len(documents)} documents and all are empty; check text_column")
-    clusters = near_duplicate_clusters(texts, data.near_duplicate_similarity, data.rng_seed)
+    clusters = near_duplicate_clusters(texts, data.near_duplicate_similarity, data.rng_seed, advance)
     splits = split_clusters(texts, clusters, domain)
     out.mkdir(parents=True, exist_ok=True)
     stats: dict[str, Any] = {"empty_documents": len(documents) - len(texts), "splits": {}}
@@ -144,6 +151,16 @@ def collect_domain(domain: DomainConfig, data: DataConfig, out: Path) -> dict[st
     return stats
 
 
+def _counted(texts: Iterator[str], max_bytes: int | None, advance: Callable[..., None]) -> Iterator[str]:
+    """The texts as they come; how many there will be is known only where `max_bytes` bounds them."""
+    read_bytes = 0
+    for number, text in enumerate(texts):
+        yield text
+        if max_bytes is not None:
+            read_bytes += len(text.encode())
+            advance(min(read_bytes, max_bytes), max_bytes, doing=f"bytes read, {number + 1} documents")
+
+
 def sampled_texts(documents: Path, sample_bytes: float) -> Iterator[str]:
     """Whole training documents in the order of their hashes, until sample_bytes are reached."""
     import pyarrow.parquet as pq
@@ -157,7 +174,9 @@ def sampled_texts(documents: Path, sample_bytes: float) -> Iterator[str]:
         yield text
 
 
-def fit_tokenizer(config: TokenizerConfig, documents: dict[str, Path], out: Path) -> None:
+def fit_tokenizer(
+    config: TokenizerConfig, documents: dict[str, Path], out: Path, advance: Callable[..., None] = ignore
+) -> None:
     """Train a byte-level BPE on the domains' training documents and save it for AutoTokenizer.
 
     Differs from GPT-2's: every digit is a token of its own, which makes numbers learnable for a small model.
@@ -187,7 +206,13 @@ def fit_tokenizer(config: TokenizerConfig, documents: dict[str, Path], out: Path
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size, special_tokens=[EOS], initial_alphabet=sorted(alphabet), show_progress=False
     )
-    tokenizer.train_from_iterator(texts, trainer)
+
+    def counted() -> Iterator[str]:
+        for number, text in enumerate(texts):
+            advance(number + 1, len(texts), doing="documents; then their pairs are merged")
+            yield text
+
+    tokenizer.train_from_iterator(counted(), trainer)
     if tokenizer.get_vocab_size() != config.vocab_size:
         raise ValueError(
             f"tokenizer.vocab_size={config.vocab_size}, but {sum(map(len, texts)):,} characters of text make a "
@@ -207,7 +232,9 @@ def encode(batch: dict[str, list[str]], tokenizer: Any) -> dict[str, list]:
     }
 
 
-def tokenize_domain(documents: Path, tokenizer: Path, out: Path, num_proc: int | None = None) -> dict[str, Any]:
+def tokenize_domain(
+    documents: Path, tokenizer: Path, out: Path, num_proc: int | None = None, advance: Callable[..., None] = ignore
+) -> dict[str, Any]:
     """Write `<split>.{tokens,offsets,bytes}.npy` for each split, and `tokens.json`, whose contents it returns.
 
     tokens: uint16, or uint32 if the vocabulary needs it; offsets: int64, documents + 1; bytes: int64, UTF-8 bytes of
@@ -223,16 +250,19 @@ def tokenize_domain(documents: Path, tokenizer: Path, out: Path, num_proc: int |
     dtype = np.uint16 if len(encoder) <= 2**16 else np.uint32
     stats: dict[str, Any] = {"vocab_size": len(encoder), "dtype": np.dtype(dtype).name, "splits": {}}
     for split in SPLITS:
-        stats["splits"][split] = tokenize_split(documents / f"{split}.parquet", encoder, out, dtype, num_proc)
+        parquet = documents / f"{split}.parquet"
+        stats["splits"][split] = tokenize_split(parquet, encoder, out, dtype, num_proc, advance)
     (out / "tokens.json").write_text(json.dumps(stats, indent=2) + "\n")
     return stats
 
 
-def tokenize_split(parquet: Path, encoder: Any, out: Path, dtype: type, num_proc: int | None) -> dict[str, int]:
+def tokenize_split(
+    parquet: Path, encoder: Any, out: Path, dtype: type, num_proc: int | None, advance: Callable[..., None] = ignore
+) -> dict[str, int]:
     """Write one split's three arrays into `out`, without ever holding its tokens in memory."""
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
-    from datasets import Dataset, Features, List, Value
+    from datasets import Dataset, Features, List, Value, concatenate_datasets
 
     split = parquet.stem
     if not pq.read_metadata(parquet).num_rows:  # datasets cannot read an empty file, numpy cannot map an empty array
@@ -242,11 +272,17 @@ def tokenize_split(parquet: Path, encoder: Any, out: Path, dtype: type, num_proc
     columns = Features({"tokens": List(Value("int32")), "bytes": Value("int64")})
     with tempfile.TemporaryDirectory(dir=out) as cache:  # inside: a crash leaves it to `out`'s owner
         texts = Dataset.from_parquet(str(parquet), cache_dir=cache)
-        encoded: Any = texts.map(
-            encode, batched=True, remove_columns="text", fn_kwargs={"tokenizer": encoder}, num_proc=num_proc,
-            features=columns, desc=f"tokenise {parquet.parent.name} {split}",
-        ).with_format("arrow")  # fmt: skip
-        lengths = [pc.call_function("list_value_length", [batch["tokens"]]).to_numpy() for batch in encoded.iter(1000)]
+        size, pieces, lengths = max(CHUNK_DOCUMENTS, -(-len(texts) // CHUNKS)), [], []
+        for start in range(0, len(texts), size):  # in pieces, for `map` says nothing until it has done
+            piece: Any = texts.select(range(start, min(start + size, len(texts)))).map(
+                encode, batched=True, remove_columns="text", fn_kwargs={"tokenizer": encoder}, num_proc=num_proc,
+                features=columns, new_fingerprint=f"{split}-{start}",
+            ).with_format("arrow")  # fmt: skip
+            pieces.append(piece)
+            lengths += [pc.call_function("list_value_length", [one["tokens"]]).to_numpy() for one in piece.iter(1000)]
+            done, tokens = sum(map(len, lengths)), sum(int(one.sum()) for one in lengths)
+            advance(done, len(texts), doing=f"documents of {split}, {tokens:,} tokens")
+        encoded: Any = concatenate_datasets(pieces).with_format("arrow")
         offsets = np.cumsum(np.concatenate([[0], *lengths]), dtype=np.int64)
         target = np.lib.format.open_memmap(out / f"{split}.tokens.npy", "w+", dtype, (int(offsets[-1]),))
         written = 0
@@ -261,7 +297,7 @@ def tokenize_split(parquet: Path, encoder: Any, out: Path, dtype: type, num_proc
     return {"documents": len(document_bytes), "tokens": int(offsets[-1]), "bytes": int(document_bytes.sum())}
 
 
-def ngram_overlap(train_tokens: Path, test_tokens: Path, n: int) -> float:
+def ngram_overlap(train_tokens: Path, test_tokens: Path, n: int, advance: Callable[..., None] = ignore) -> float:
     """Share of the test split's token n-grams (inside documents, before EOS) that occur in the train split.
 
     0.0 if every test document is shorter than n tokens. Memory: 16 bytes per test token and 100 MB.
@@ -279,4 +315,5 @@ def ngram_overlap(train_tokens: Path, test_tokens: Path, n: int) -> float:
     for start in range(0, len(train), CHUNK_TOKENS):
         chunk = np.asarray(train[start : start + CHUNK_TOKENS + n - 1], dtype=np.uint64)
         found |= np.isin(distinct, window_hashes(chunk, n))
+        advance(min(start + CHUNK_TOKENS, len(train)), len(train), doing="training tokens looked up")
     return float(positions[found].sum() / positions.sum())

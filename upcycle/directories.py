@@ -106,7 +106,9 @@ def read_config(directory: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
         named = isinstance(config["model_type"], str)
-    except (ValueError, KeyError, TypeError):  # no JSON, no UTF-8, no dict
+    except ValueError as error:  # no JSON, no UTF-8
+        raise ValueError(f"{path}: not whole JSON ({error}); copy it again") from None
+    except (KeyError, TypeError):  # no dict
         named = False
     if not named:
         raise ValueError(f"{path} names no model_type, expected a Hugging Face config; save the model again")

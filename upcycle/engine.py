@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol
 
@@ -23,6 +23,8 @@ from upcycle.team import Team
 
 WEIGHT, STEP = "weight", "step"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, beside its count of steps
+WATCHED = ("router", "experts")  # groups whose gradients are reported apart from the rest
+NO_MASKS: Mapping[str, Tensor] = {}
 
 
 class Part(NamedTuple):
@@ -84,9 +86,13 @@ class PlainEngine:
 
     # One step --------------------------------------------------------------------------------------------------------
 
-    def begin(self, phase: PhaseConfig, saved: Saved | None) -> None:
-        """Start a phase: train what it trains. saved: the state to go on from; None keeps the present one."""
+    def begin(self, phase: PhaseConfig, saved: Saved | None, masks: Mapping[str, Tensor] = NO_MASKS) -> None:
+        """Start a phase: train what it trains. saved: the state to go on from; None keeps the present one.
+
+        masks: of parameters that are trained in part, True where they are (slices.phase_masks).
+        """
         set_trainable(self.model, phase)
+        self._set_masks(masks)
         if saved is not None:
             self._restore_moments(saved)
         if self._wrapped():  # its buckets are made for what trains when it wraps
@@ -103,7 +109,7 @@ class PlainEngine:
         """Whether PyTorch's DDP averages the gradients; it has nothing to do in a group of one."""
         return self.team.strategy == "ddp" and self.team.size > 1
 
-    def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
+    def forward(self, *inputs: Any) -> dict[str, Tensor]:
         return self.module(*inputs)
 
     def micro_batch(self, last: bool) -> Any:
@@ -113,25 +119,59 @@ class PlainEngine:
     def backward(self, loss: Tensor, last: bool) -> None:
         (loss * self.team.size).backward()
 
-    def step(self, rate: float) -> tuple[Tensor, Tensor]:
-        """Clip, update and clear the gradients; (norm of all gradients before clipping, of the routers' after it).
+    def step(self, rate: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Clip, update and clear the gradients; (norm of all gradients before clipping, those of WATCHED after it).
 
         Raises FloatingPointError: the norm is not finite; nothing was updated then.
         """
+        for parameter, mask in self.masks.items():
+            if parameter.grad is not None:
+                local_of(parameter.grad).masked_fill_(~mask, 0.0)
         limit = self.config.optimizer.clip_norm
         norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
         check_finite(norm)
-        routers = self._router_norm()
+        watched = {group: self._norm_of(group) for group in WATCHED}
         set_learning_rate(self.optimizer, rate)
-        self.optimizer.step()
+        self._update()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm, routers
+        return norm, watched
 
-    def _router_norm(self) -> Tensor:
+    def _set_masks(self, masks: Mapping[str, Tensor]) -> None:
+        self.masks: dict[nn.Parameter, Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            if name in masks and parameter.requires_grad:
+                if masks[name].any():
+                    self.masks[parameter] = self._local_mask(masks[name], parameter)
+                else:
+                    parameter.requires_grad_(False)
+
+    def _local_mask(self, mask: Tensor, parameter: nn.Parameter) -> Tensor:
+        """The part of a mask that is this rank's part of the parameter, on its device."""
+        return mask.to(parameter.device)
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        """One step of AdamW. A parameter that is trained in part goes through it alone, and then gets back what is not
+        trained of its weights and moments: decay and old moments would move it without any gradient."""
+        partly = {parameter: parameter.grad for parameter in self.masks if parameter.grad is not None}
+        for parameter in partly:
+            parameter.grad = None
+        self.optimizer.step()
+        for parameter, gradient in partly.items():
+            state = self.optimizer.state.get(parameter, {})
+            tensors = [local_of(tensor) for tensor in (parameter, *(state[key] for key in MOMENTS if key in state))]
+            before = [tensor.clone() for tensor in tensors]
+            parameter.grad = gradient
+            self.optimizer.step()
+            parameter.grad = None
+            for tensor, kept in zip(tensors, before, strict=True):
+                tensor.copy_(torch.where(self.masks[parameter], tensor, kept))
+
+    def _norm_of(self, group: str) -> Tensor:
         squares = [
             parameter.grad.square().sum()
             for name, parameter in self.model.named_parameters()
-            if group_of(name) == "router" and parameter.grad is not None
+            if group_of(name) == group and parameter.grad is not None
         ]
         return whole(torch.stack(squares).sum()).sqrt() if squares else torch.zeros(())
 
@@ -146,6 +186,21 @@ class PlainEngine:
     def weights(self) -> Iterator[Part]:
         for name, parameter in self._mine():
             yield Part(name, WEIGHT, 0, parameter.detach().flatten())
+
+    def buffers(self) -> Iterator[Part]:
+        """The buffers that are part of the model (routers' biases); every rank has them whole, the first one writes them."""
+        if self.team.leads:
+            kept = set(self.model.state_dict())
+            for name, buffer in self.model.named_buffers():
+                if name in kept:
+                    yield Part(name, WEIGHT, 0, buffer.flatten())
+
+    @torch.no_grad()
+    def load_buffers(self, saved: Saved) -> None:
+        kept = set(self.model.state_dict())
+        for name, buffer in self.model.named_buffers():
+            if name in kept:
+                buffer.copy_(saved.read(name, WEIGHT, 0, buffer.numel()).view_as(buffer))
 
     def moments(self) -> Iterator[Part]:
         for name, parameter in self._mine():

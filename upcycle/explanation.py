@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any
 
+from upcycle.kinds import FACTS
+
+TIES = {
+    "layers": "the first layer's router decides for all",
+    "sublayers": "a layer's feed-forward router has the logits of its attention router",
+    "skip": "a router adds the logits of the layer before",
+}
+
 
 @dataclass(frozen=True)
 class TensorRow:
-    """One tensor of a mixture. `files`: of each expert, the files that the `sources` lie in, where that is known.
+    """One tensor of a mixture. `files`: of each model, the files that the `sources` lie in, where that is known.
 
-    origin: "averaged" (or "merged by" another method) over the experts, "stacked", "copied" from one expert, "fresh",
-    "unknown". shape and dtype are None where the tensor's shard is missing.
+    origin: "averaged" (or "merged by" another method) over the models that have experts, "the seed's", "stacked" of the
+    `experts`, "copied" from one of them or from the seed, "fresh", "unknown". shape and dtype are None where the tensor's
+    shard is missing.
     """
 
     target: str
@@ -31,12 +41,16 @@ class TensorRow:
 
 @dataclass(frozen=True)
 class Explanation:
-    """A mixture, written or planned. `sources`: each expert's directory, where it is known. bytes: of all tensors."""
+    """A mixture, written or planned. `sources`: the directory of each model that has experts, where it is known.
+
+    attention_experts: none where attention is merged. bytes: of all tensors.
+    """
 
     directory: str
     family: str
     layers: int
     experts: list[str]
+    attention_experts: list[str]
     sources: dict[str, str]
     routers: dict[str, Any]
     tensors: list[TensorRow]
@@ -55,9 +69,17 @@ class Explanation:
     def active_parameters(self) -> int | None:
         """Parameters that take part in one token: K of the E feed-forward experts, everything else."""
         active, experts = self.routers["num_experts_per_tok"], len(self.experts)
-        counts = [row.parameters for row in self.tensors]
-        routed = [".experts." in row.target for row in self.tensors]
-        return _total([n and (n // experts * active if r else n) for n, r in zip(counts, routed, strict=True)])
+        soft = "nowhere"
+        if self.routers["router"] == "sample_top1":  # whose first layer is soft
+            soft = f".{(self.routers['routed_layers'] or [0])[0]}."
+        return _total(
+            [
+                row.parameters // experts * active
+                if row.parameters and ".experts." in row.target and soft not in row.target
+                else row.parameters
+                for row in self.tensors
+            ]
+        )
 
     @property
     def bytes(self) -> int | None:
@@ -90,21 +112,12 @@ def _bits(dtype: str | None) -> int:
 
 
 def _summary(found: Explanation) -> list[str]:
-    routers, count = found.routers, len(found.experts)
-    gates, balance = f"top {routers['num_experts_per_tok']} of {count}", routers["balance"]
-    if routers["router"] == "soft":
-        gates = "every expert in every token"
-    if balance != "none":
-        balance += f", coefficient {routers['balance_coefficient']:g}, per {routers['balance_scope']}"
-    attention = f"mixture of {count}, kv {routers['kv']}" if routers["attention"] == "mixture" else "merged"
     lines = [
         ("mixture", found.directory),
         ("family", f"{found.family}, {found.layers} layers"),
-        ("experts", ", ".join(f"{n} {name}" for n, name in enumerate(found.experts))),
+        *_placement(found),
         *((f"  {name}", path) for name, path in found.sources.items()),
-        ("routers", f"{routers['router']}, {gates}, gate_scale {routers['gate_scale']}"),
-        ("balance", f"{balance}; z-loss coefficient {routers['z_coefficient']:g}"),
-        ("attention", attention),
+        *routing_in_words(found.routers, len(found.experts), len(found.attention_experts)),
         ("parameters", f"{_count(found.parameters)}, active per token {_count(found.active_parameters)}"),
         ("bytes", f"{_count(found.bytes)} ({', '.join(sorted({row.dtype for row in found.tensors if row.dtype}))})"),
         ("proof", _proved(found.proof) if found.proof else "none"),
@@ -114,14 +127,79 @@ def _summary(found: Explanation) -> list[str]:
     return [f"{name:11} {value}" for name, value in lines]
 
 
+def routing_in_words(config: Mapping[str, Any], experts: int, attention_experts: int) -> list[tuple[str, str]]:
+    """Routers, ties and losses of a mixture's config, a line each: (name, what it is)."""
+    own = {"kind": config["router"], "top_k": config["num_experts_per_tok"], "gate_scale": config["gate_scale"]}
+    lines = [("routers", _router(own | config["router_options"], experts)), ("losses", _losses(config))]
+    if config["tie"] != "none":
+        lines.append(("tie", f"{config['tie']}: {TIES[config['tie']]}"))
+    if config["attention"] == "merged":
+        return [*lines, ("attention", "merged")]
+    lines.append(("attention", f"mixture of {attention_experts}, kv {config['kv']}"))
+    lines.append(("  routers", _router(config["attention_router"], attention_experts)))
+    if (losses := _losses(config["attention_losses"])) != "none":
+        lines.append(("  losses", losses))
+    return lines
+
+
+def _router(rule: Mapping[str, Any], experts: int) -> str:
+    gates = f"top {rule['top_k']} of {experts}"
+    if rule["kind"] in FACTS and FACTS[rule["kind"]].every:
+        gates = "every expert in every token"
+    found = [f"{rule['kind']}, {gates}, gate_scale {rule['gate_scale']}"]
+    if rule["kind"] == "switch":
+        found.append(f"capacity factor {rule['capacity_factor']:g}")
+    if rule["per"] != "token":
+        whom = "the seed's expert" if rule["first"] == "seed" else "all experts alike"
+        found.append(f"one decision a {rule['per']}, of {rule['tokens']} tokens; the first goes to {whom}")
+    if rule["bias_rate"]:
+        found.append(f"a bias on the selection, rate {rule['bias_rate']:g}")
+    if rule["noise_std"] or rule["jitter"]:
+        found.append(f"in training noise {rule['noise_std']:g} and jitter {rule['jitter']:g}")
+    if not rule["trained"]:
+        found.append("never trained")
+    return "; ".join(found)
+
+
+def _losses(losses: Mapping[str, Any]) -> str:
+    """Those that are switched on."""
+    found = []
+    if losses["balance"] != "none" and losses["balance_coefficient"]:
+        found.append(
+            f"balance {losses['balance']}, coefficient {losses['balance_coefficient']:g}, per {losses['balance_scope']}"
+        )
+    for name in ("z", "similarity", "entropy"):
+        if losses[f"{name}_coefficient"]:
+            found.append(f"{name}, coefficient {losses[f'{name}_coefficient']:g}")
+    return "; ".join(found) or "none"
+
+
+def _placement(found: Explanation) -> list[tuple[str, str]]:
+    """Which experts, what is beside them, and where."""
+    routers, lines = found.routers, [("experts", ", ".join(f"{n} {name}" for n, name in enumerate(found.experts)))]
+    if routers["split"] > 1:
+        lines.append(("split", f"each expert has 1/{routers['split']} of a feed-forward's hidden units"))
+    if routers["one_per_source"]:
+        lines.append(("sources", "a token takes one expert of each at most"))
+    if routers["shared_expert"] != "none":
+        gate = "½ shared + ½ routed" if routers["shared_gate"] == "half" else "shared + routed"
+        lines.append(("shared", f"one more feed-forward for every token, {routers['shared_expert']}; {gate}"))
+    if routers["routed_layers"] is not None:
+        layers = ", ".join(map(str, routers["routed_layers"]))
+        lines.append(("mixtures", f"in layers {layers}; the others are merged"))
+    return lines
+
+
 def _count(number: int | None) -> str:
     return "unknown" if number is None else f"{number:,}"
 
 
 def _proved(proof: dict[str, Any]) -> str:
-    """proof.json in a line; of figures by expert, the largest."""
+    """proof.json in a line; of figures by expert, the largest. The weights' hash is for machines."""
     parts = []
     for name, value in proof.items():
+        if name == "weights_sha256":
+            continue
         if isinstance(value, dict) and value:
             worst = max(value, key=lambda expert: value[expert])
             value, name = value[worst], f"{name} at most"
@@ -166,7 +244,8 @@ def _from(row: TensorRow, sources: list[str], many: bool = False) -> str:
         return ""
     first, *more = sources
     short = [source.removeprefix(_stem(first, source)) for source in more]
-    whose = row.experts[0] if len(row.experts) == 1 else f"{len(row.experts)} experts"
+    kind = "experts" if row.origin == "stacked" else "models"
+    whose = row.experts[0] if len(row.experts) == 1 else f"{len(row.experts)} {kind}"
     return f"{' + '.join([first, *short])}, of {'one expert each' if many else whose}"
 
 

@@ -22,6 +22,7 @@ from upcycle.directories import check_room, copy_companions, resolve
 from upcycle.durable import atomic_directory
 from upcycle.modeling import UpcycledForCausalLM
 from upcycle.native import FORMATS, choose_format, native_config, native_tensors, notes
+from upcycle.pieces import check_tensors
 from upcycle.proof import TOLERANCE
 
 SHORT_WINDOW = 8  # tokens, of the proof's 24
@@ -106,7 +107,7 @@ def _write_bundle(checkpoint: Checkpoint, config: UpcycledConfig, out: Path) -> 
 
     Raises ValueError: tensors that the code does not expect, or lacks.
     """
-    _check_tensors(checkpoint, config)
+    check_tensors(checkpoint, config)
     import_checkpoint(checkpoint.directory, out)
     for name in RECORDS:
         if (checkpoint.directory / name).is_file():
@@ -116,21 +117,6 @@ def _write_bundle(checkpoint: Checkpoint, config: UpcycledConfig, out: Path) -> 
     config.save_pretrained(out)
     for name in REMOTE_CODE:
         shutil.copyfile(Path(__file__).parent / name, out / name)
-
-
-def _check_tensors(mixture: Checkpoint, config: UpcycledConfig) -> None:
-    with torch.device("meta"):
-        model = UpcycledForCausalLM._from_config(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: mixture.shape(name) for name in mixture.names}
-    if config.tie_word_embeddings:  # the embedding, under a second name
-        for names in (expected, found):
-            names.pop("lm_head.weight", None)
-    if odd := sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name)):
-        raise ValueError(
-            f"{mixture.directory}: {odd[0]} has shape {found.get(odd[0])}, expected {expected.get(odd[0])} "
-            f"({len(odd)} such tensors in all); assemble the mixture again"
-        )
 
 
 def _prove_equal(mixture: Path, native: Path, format: str, vocab_size: int) -> float:

@@ -98,21 +98,59 @@ def z_sum(logits_BSE: Tensor, valid_BS: Tensor) -> Tensor:
     return (logits_BSE.logsumexp(-1).square() * valid_BS).sum()
 
 
-def router_losses(
-    routings: Sequence, valid_BS: Tensor, balance: str = "none", scope: str = "sequence", z: bool = False
-) -> dict[str, Tensor]:
-    """The auxiliary losses of all routed layers, as sums over valid tokens, averaged over layers.
+def similarity_sum(logits_BSE: Tensor, before_BSE: Tensor, valid_BS: Tensor) -> Tensor:
+    """How far a layer routes from the layer before, times the number of valid tokens; 0 alike, 1 at most.
 
-    routings: one `Routing` a layer, over the B·S tokens of `valid_BS`. Keys: "balance" unless `balance` is "none", and
-    "z" if asked for. A loss that is not asked for is not computed at all.
+    Σ_t ½ Σ_e (p_te − p'_te)²,   p and p' the full softmax of the two layers
+    """
+    return (0.5 * (logits_BSE.softmax(-1) - before_BSE.softmax(-1)).square().sum(-1) * valid_BS).sum()
+
+
+def entropy_sum(logits_BSE: Tensor, valid_BS: Tensor) -> Tensor:
+    """Entropy of the full softmax in nats, summed over valid tokens: Σ_t −Σ_e p_te log p_te."""
+    log_probs = logits_BSE.log_softmax(-1)
+    return (-(log_probs.exp() * log_probs).sum(-1) * valid_BS).sum()
+
+
+def _decided(valid_BS: Tensor, decided_T: Tensor) -> Tensor:
+    """(B, S) weights: 0 where nothing was decided; they sum to a sequence's valid tokens, unless it has no decided one."""
+    counted_BS = valid_BS & decided_T.view(valid_BS.shape)
+    return counted_BS * (valid_BS.sum(1, keepdim=True) / counted_BS.sum(1, keepdim=True).clamp_min(1))
+
+
+def router_losses(
+    routings: Sequence,
+    valid_BS: Tensor,
+    balance: str = "none",
+    scope: str = "sequence",
+    z: bool = False,
+    similarity: bool = False,
+    entropy: bool = False,
+) -> dict[str, Tensor]:
+    """The auxiliary losses of all routed layers, as sums over valid tokens, averaged over layers (or pairs of neighbours).
+
+    routings: one `Routing` a layer, over the B·S tokens of `valid_BS`. Of a sequence in which the logits did not decide about
+    some tokens, those that they did decide about speak for all. Keys: "balance" unless `balance` is "none", and the others
+    that are asked for. A loss that is not asked for is not computed at all.
     """
     sums: dict[str, Tensor] = {}
-    for logits_TE, gates_TK, experts_TK in routings:
-        shape, num_experts = (*valid_BS.shape, logits_TE.shape[-1]), logits_TE.shape[-1]
+
+    def add(name: str, value: Tensor, count: int) -> None:
+        sums[name] = sums.get(name, 0) + value / count
+
+    before_BSE: Tensor | None = None
+    for logits_TE, gates_TK, experts_TK, decided_T in routings:
+        num_experts = logits_TE.shape[-1]
+        logits_BSE = logits_TE.view(*valid_BS.shape, num_experts)
+        counted_BS = valid_BS if decided_T is None else _decided(valid_BS, decided_T)
         if balance != "none":
-            load = LOADS[balance](gates_TK, experts_TK, num_experts)
-            value = balance_sum(load.view(shape), logits_TE.softmax(-1).view(shape), valid_BS, scope)
-            sums["balance"] = sums.get("balance", 0) + value / len(routings)
+            load_BSE = LOADS[balance](gates_TK, experts_TK, num_experts).view(logits_BSE.shape)
+            add("balance", balance_sum(load_BSE, logits_BSE.softmax(-1), counted_BS, scope), len(routings))
         if z:
-            sums["z"] = sums.get("z", 0) + z_sum(logits_TE.view(shape), valid_BS) / len(routings)
+            add("z", z_sum(logits_BSE, counted_BS), len(routings))
+        if entropy:
+            add("entropy", entropy_sum(logits_BSE, counted_BS), len(routings))
+        if similarity and before_BSE is not None:
+            add("similarity", similarity_sum(logits_BSE, before_BSE, counted_BS), len(routings) - 1)
+        before_BSE = logits_BSE
     return sums

@@ -1,23 +1,118 @@
-"""N tensors -> 1. Pure functions of tensors in one table; arithmetic in fp32."""
+"""Merging methods: one tensor of N models -> one tensor. The table of their names; docs/merging.md compares them.
+
+METHODS["ties"](Merging("model.norm.weight", members, seed), density=0.3)      # options are checked, the result is fp32
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
-import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
+from upcycle.config import nearest
+from upcycle.curvature_merging import fisher, gradient_matching, mats, regmean
+from upcycle.merging import Merging, average
+from upcycle.task_vectors import dare, dare_ties, task_arithmetic, ties
 
-def average(tensors: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
-    """θ* = Σ_i w_i θ_i with Σ w = 1; uniform by default. Returns fp32.
+Options = Mapping[str, Any]
 
-    Differs: nothing; this is the soup of arXiv:2203.05482 and what BTX does to all non-expert parameters.
+
+@dataclass(frozen=True)
+class Method:
+    """A pure function of a `Merging` and keyword options, whose defaults and limits its signature states.
+
+    needs: names of the statistics (`merging.Member`) that it reads with these options; "gram" and K-FAC's are of linears'
+    weights only, the others of every tensor. needs_seed: it takes differences from the seed. reads_seed: it reads the
+    seed's statistics whether or not the seed is a member. idle: options that say nothing beside the others.
     """
-    weights = [1 / len(tensors)] * len(tensors) if weights is None else [w / sum(weights) for w in weights]
-    total = torch.zeros(tensors[0].shape, dtype=torch.float32)
-    for weight, tensor in zip(weights, tensors, strict=True):
-        total.add_(tensor.float(), alpha=weight)
-    return total
+
+    function: Callable[..., Tensor]
+    formula: str
+    needs_seed: bool = False
+    reads_seed: bool = False
+    needs: Callable[[Options], tuple[str, ...]] = lambda options: ()
+    idle: Callable[[Options], tuple[str, ...]] = lambda options: ()
+
+    @cached_property
+    def options(self) -> dict[str, Any]:
+        """The default of each option."""
+        parameters = inspect.signature(self.function).parameters.values()
+        return {one.name: one.default for one in parameters if one.kind is one.KEYWORD_ONLY}
+
+    def __call__(self, merging: Merging, **options: Any) -> Tensor:
+        """The merged tensor, fp32. Raises ValueError: see `checked` and the function."""
+        return self.function(merging, **self.checked(options))
+
+    def checked(self, options: Options) -> dict[str, Any]:
+        """All options: these, and the defaults of the others. Raises ValueError: one unknown, of a wrong value, or idle."""
+        name, hints = self.function.__name__, typing.get_type_hints(self.function, include_extras=True)
+        for option, value in options.items():
+            if option not in self.options:
+                valid = ", ".join(self.options) or "none"
+                raise ValueError(
+                    f"merge={name} has no option {option!r}; expected {valid}{nearest(option, self.options)}"
+                )
+            try:
+                TypeAdapter(hints[option]).validate_python(value, strict=True)
+            except ValidationError as error:
+                said = error.errors()[0]["msg"]
+                raise ValueError(
+                    f"merge={name}: {option}={value!r}: {said[0].lower()}{said[1:]}; the default is {self.options[option]!r}"
+                ) from None
+        whole = self.options | dict(options)
+        for option in set(self.idle(whole)) & set(options):
+            raise ValueError(f"merge={name}: {option} has no effect beside the other options; leave it out")
+        return whole
 
 
-METHODS = {"average": average}
+def _of_fisher(options: Options) -> tuple[str, ...]:
+    return ("fisher", "fisher_norm") if options["normalise"] else ("fisher",)
+
+
+def _of_mats(options: Options) -> tuple[str, ...]:
+    needed = {"identity": (), "gram": ("gram",), "kfac": ("kfac_in", "kfac_out")}
+    return needed.get(options["curvature"]) or (_of_fisher(options) if options["curvature"] == "fisher" else ())
+
+
+def _idle_in_mats(options: Options) -> tuple[str, ...]:
+    of_fisher, of_matrix = ("floor", "normalise"), ("off_diagonal",)
+    read = {"fisher": of_matrix, "gram": of_fisher, "kfac": of_fisher}
+    return read.get(options["curvature"], of_fisher + of_matrix)
+
+
+METHODS: dict[str, Method] = {
+    "average": Method(average, "Σ w θ, Σ w = 1"),
+    "weighted": Method(average, "Σ w θ, Σ w = 1"),  # the same: a name for where weights differ
+    "task_arithmetic": Method(task_arithmetic, "θ₀ + λ Σ w τ", needs_seed=True),
+    "ties": Method(ties, "θ₀ + λ · mean of the trimmed τ that have the elected sign", needs_seed=True),
+    "dare": Method(dare, "θ₀ + λ Σ w m ⊙ τ / (1 − p)", needs_seed=True),
+    "dare_ties": Method(dare_ties, "θ₀ + λ · mean of the m ⊙ τ / (1 − p) that have the elected sign", needs_seed=True),
+    "fisher": Method(fisher, "Σ c θ / Σ c, c = w max(F, floor) / ‖F‖", needs=_of_fisher),
+    "regmean": Method(regmean, "(Σ w G)⁻¹ Σ w G W", needs=lambda options: ("gram",)),
+    "gradient_matching": Method(
+        gradient_matching,
+        "θ₀ + Σ α (H₀ + H) τ / (H₀ + Σ α H)",
+        needs_seed=True,
+        reads_seed=True,
+        needs=lambda options: ("hessian",),
+    ),
+    "mats": Method(mats, "(Σ C) θ = Σ C θᵢ by conjugate gradient", needs_seed=True, needs=_of_mats, idle=_idle_in_mats),
+}
+
+
+def check_options(name: str, options: Options | None = None) -> dict[str, Any]:
+    """All options of the method: these, and the defaults of the others. Raises ValueError: no such method; `Method.checked`."""
+    if name not in METHODS:
+        raise ValueError(f"merge={name!r} is not known; expected one of {', '.join(METHODS)}{nearest(name, METHODS)}")
+    return METHODS[name].checked(options or {})
+
+
+def needed_statistics(name: str, options: Options | None = None) -> tuple[str, ...]:
+    """Which statistics of the members the method reads with these options. Raises ValueError: see `check_options`."""
+    return METHODS[name].needs(check_options(name, options))

@@ -9,7 +9,6 @@ This file travels inside checkpoints as remote code.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -19,47 +18,20 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.integrations.moe import use_experts_implementation
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.utils import logging
 
-from .attention import ExpertNorms, GatedOutput, soft_mixture_of_attention
-from .configuration import UpcycledConfig, with_whole_heads
+from .attention import GatedOutput, soft_mixture_of_attention
+from .configuration import UpcycledConfig
 from .families import ACTIVATIONS, Family, family_of, final_logits
+from .kernels import shown_to_kernels
+from .kinds import FACTS
 from .losses import IGNORED, router_losses
-from .routing import Router, RoutingTrace
+from .plans import plans_of_modules
+from .router import REMEMBERED, Router, RoutingTrace, masks_for_routers, remembered
 
-
-class _SeenExperts:
-    """Stands in for an experts module: its parameters cast to `dtype`, the last bias as `share` of it.
-
-    Under tensor parallelism every rank adds the bias that follows its part of down_proj. The share changes the value
-    alone: the bias is whole on each rank, so its gradient has to be whole as well.
-    """
-
-    def __init__(self, experts: nn.Module, dtype: torch.dtype, share: float):
-        self._experts, self._dtype, self._share = experts, dtype, share
-
-    def __getattr__(self, name: str):
-        value = getattr(self._experts, name)
-        if name == "down_proj_bias" and self._share < 1:
-            value = self._share * value.detach() + (value - value.detach())
-        return value.to(self._dtype) if isinstance(value, Tensor) else value
-
-
-def shown_to_kernels(experts_class: Any) -> Any:
-    """Give the expert kernels weights of autocast's dtype: grouped_mm is not on autocast's list and would run in fp32."""
-    inner = experts_class.forward
-
-    def forward(self, hidden_TD: Tensor, experts_TK: Tensor, gates_TK: Tensor) -> Tensor:
-        device, dtype = hidden_TD.device.type, hidden_TD.dtype
-        share = self.down_proj.shape[-1] / self.intermediate_dim if self.has_bias else 1.0
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        elif share == 1:
-            return inner(self, hidden_TD, experts_TK, gates_TK.to(dtype))
-        return inner(_SeenExperts(self, dtype, share), hidden_TD.to(dtype), experts_TK, gates_TK.to(dtype))
-
-    experts_class.forward = forward
-    return experts_class
+logger = logging.get_logger(__name__)
 
 
 def _loop_over_experts(experts, hidden_TD: Tensor, experts_TK: Tensor, gates_TK: Tensor) -> Tensor:
@@ -87,6 +59,8 @@ class _StackedExperts(nn.Module):
         # A module that is built for ZeRO-3 has its weights partitioned already, and says what they were.
         shapes = [getattr(up.weight, "ds_shape", up.weight.shape) for up in ups]
         rows = sum(shape[1 if family.conv1d else 0] for shape in shapes)
+        assert rows % config.split == 0, (rows, config.split)  # experts.place refuses such a split
+        rows //= config.split
         self.num_experts, self.hidden_dim = E, D
         self.intermediate_dim = rows // 2 if family.gated else rows
         self.act_fn = next(getattr(mlp, name) for name in ACTIVATIONS if hasattr(mlp, name))
@@ -115,27 +89,44 @@ class StackedExperts(_StackedExperts):
 
 
 class RoutedExperts(nn.Module):
-    """The feed-forward sublayer of a mixture: a router and the branches' MLPs."""
+    """The feed-forward sublayer of a mixture: a router and the branches' MLPs; with a shared expert, MLP_s,
+
+        half  ½ MLP_s(x) + ½ Σ_e gate_e · MLP_e(x)     copies of the seed stay the seed
+        sum   MLP_s(x) + Σ_e gate_e · MLP_e(x)         (Nexus, arXiv:2408.15901)
+
+    mlp: the family's own; it becomes the shared expert, or is used for its shapes only.
+    """
 
     def __init__(self, config: UpcycledConfig, mlp: nn.Module, layer: int):
         super().__init__()
         family = family_of(config.seed)
-        self.router = Router(
-            config.hidden_size,
-            config.num_experts,
-            f"ffn.{layer}",
-            kind=config.router,
-            top_k=config.num_experts_per_tok,
-            gate_scale=config.gate_scale,
-        )
+        rule = config.rule("ffn", layer)
+        self.router = Router(config.hidden_size, config.num_experts, f"ffn.{layer}", rule, **config.ties("ffn", layer))
+        self.sparse = FACTS[rule.kind].sparse
         self.experts = StackedExperts(config, mlp, family)
         self.dropout = nn.Dropout(getattr(config.seed, family.mlp_dropout) if family.mlp_dropout else 0.0)
+        self.shared_expert = None if config.shared_expert == "none" else mlp
+        self.share = 0.5 if config.shared_gate == "half" else 1.0
         self.trace: RoutingTrace | None = None
 
     def forward(self, hidden_BSD: Tensor) -> Tensor:
-        hidden_TD = hidden_BSD.flatten(0, -2)
-        routing = self.router(hidden_TD, self.trace)
-        return self.dropout(self.experts(hidden_TD, routing.experts, routing.gates).view(hidden_BSD.shape))
+        routing = self.router(hidden_BSD, self.trace)
+        hidden_TD, experts_TK, gates_TK = hidden_BSD.flatten(0, -2), routing.experts, routing.gates
+        if self.sparse and self.training:
+            mixed_TD = self._taken_places_only(hidden_TD, experts_TK, gates_TK)
+        else:
+            mixed_TD = self.experts(hidden_TD, experts_TK, gates_TK)
+        mixed_BSD = self.dropout(mixed_TD.view(hidden_BSD.shape))
+        if self.shared_expert is None:
+            return mixed_BSD
+        return self.share * (self.shared_expert(hidden_BSD) + mixed_BSD)
+
+    def _taken_places_only(self, hidden_TD: Tensor, experts_TK: Tensor, gates_TK: Tensor) -> Tensor:
+        """The same sum without the work for places that hold nothing. On CUDA index_add's order, so its rounding, varies."""
+        token_N, place_N = (gates_TK != 0).nonzero(as_tuple=True)
+        chosen_N1, gates_N1 = experts_TK[token_N, place_N, None], gates_TK[token_N, place_N, None]
+        out_ND = self.experts(hidden_TD[token_N], chosen_N1, gates_N1)
+        return torch.zeros_like(hidden_TD, dtype=out_ND.dtype).index_add(0, token_N, out_ND)
 
 
 @cache
@@ -163,8 +154,8 @@ def _init_ours(module: nn.Module, std: float) -> bool:
     """Initialise a module of ours; False if it is not one. transformers.initialization spares loaded tensors."""
     if not isinstance(module, (StackedExperts, GatedOutput, Router)):
         return False
-    for name, parameter in module.named_parameters(recurse=False):
-        init.zeros_(parameter) if "bias" in name else init.normal_(parameter, std=std)
+    for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        init.zeros_(tensor) if "bias" in name else init.normal_(tensor, std=std)
     return True
 
 
@@ -223,35 +214,23 @@ class UpcycledModel(UpcycledPreTrainedModel):
         family = family_of(config.seed)
         for index, layer in enumerate(getattr(self.decoder, family.layers)):
             layer.__class__ = traced(type(layer))
-            layer.routed_parts = [family.mlp]
+            layer.routed_parts = []
+            if index not in config.routed:  # it takes the trace all the same, so that its attention does not see it
+                continue
+            layer.routed_parts.append(family.mlp)
             setattr(layer, family.mlp, RoutedExperts(config, getattr(layer, family.mlp), index))
             if config.attention == "mixture":
                 dense = getattr(layer, family.attention)
-                mixture = soft_mixture_of_attention(dense, config.seed, config.num_experts, config.kv, index)
-                setattr(layer, family.attention, mixture)
+                setattr(layer, family.attention, soft_mixture_of_attention(dense, config, index))
                 layer.routed_parts.append(family.attention)
+        self.remembers = config.remembers
+        self._can_compile_fullgraph = not self.remembers
         self.post_init()
 
     def init_parallel_plans(self):
         """The config's plans with what only the modules tell: names of embeddings and norms, and which parts exist."""
         super().init_parallel_plans()
-        family = family_of(self.config.seed)
-        plan, fsdp_plan, ep_plan = (dict(plan or {}) for plan in (self._tp_plan, self._fsdp_plan, self._ep_plan))
-        attention = getattr(getattr(self.decoder, family.layers)[0], family.attention)
-        for name in family.norms:
-            norm, rule = getattr(attention, name, None), f"decoder.{family.layers}.*.{family.attention}.{name}"
-            if norm is not None and (rule not in plan or isinstance(norm, ExpertNorms)):
-                plan = with_whole_heads(plan, family)
-        for name, part in self.decoder.named_children():
-            if part is self.get_input_embeddings():
-                plan[f"decoder.{name}"] = "embedding_rowwise"
-            if name != family.layers and next(part.parameters(), None) is not None:
-                embedding = isinstance(part, nn.Embedding)
-                fsdp_plan[f"decoder.{name}"] = "free_full_weight" if embedding else "keep_full_weight"
-        names = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name, _ in (*self.named_modules(), *self.named_parameters())}
-        self._tp_plan = {name: style for name, style in plan.items() if name in names}
-        self._ep_plan = {name: style for name, style in ep_plan.items() if name in names}
-        self._fsdp_plan = fsdp_plan
+        self._tp_plan, self._ep_plan, self._fsdp_plan = plans_of_modules(self, family_of(self.config.seed))
 
     def get_input_embeddings(self):
         return self.decoder.get_input_embeddings()
@@ -260,13 +239,22 @@ class UpcycledModel(UpcycledPreTrainedModel):
         self.decoder.set_input_embeddings(value)
 
     def forward(self, input_ids=None, attention_mask=None, trace: RoutingTrace | None = None, **kwargs):
-        trace = RoutingTrace(input_ids, attention_mask) if trace is None else trace
+        trace = RoutingTrace() if trace is None else trace
         if trace.routings:
             raise ValueError(
                 "trace: got one that a forward has already filled, expected a new RoutingTrace for every forward; "
                 "its recorded decisions would be used again for these tokens"
             )
-        return self.decoder(input_ids=input_ids, attention_mask=attention_mask, trace=trace, **kwargs)
+        tokens = input_ids if input_ids is not None else kwargs["inputs_embeds"]
+        attention_mask = trace.see(input_ids, tokens.shape[1], attention_mask)
+        past, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
+        use_cache = self.decoder.config.use_cache if use_cache is None else use_cache
+        if self.remembers and (past is not None or use_cache):
+            trace.earlier = remembered(past)
+        out = self.decoder(input_ids=input_ids, attention_mask=attention_mask, trace=trace, **kwargs)
+        if trace.earlier is not None and out.past_key_values is not None:
+            setattr(out.past_key_values, REMEMBERED, trace.kept)
+        return out
 
 
 @dataclass
@@ -295,6 +283,8 @@ class UpcycledForCausalLM(UpcycledPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=family_of(config.seed).head_bias)
         embedding = next(n for n, m in self.model.named_modules() if m is self.model.get_input_embeddings())
         self._tied_weights_keys = {"lm_head.weight": f"model.{embedding}.weight"}
+        # What routers remember cannot be taken back, as assisted generation would.
+        self._is_stateful, self._can_compile_fullgraph = config.remembers, not config.remembers
         self.post_init()
 
     def get_output_embeddings(self):
@@ -303,17 +293,48 @@ class UpcycledForCausalLM(UpcycledPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings):
         self.lm_head = new_embeddings
 
+    def _get_static_cache_init_shape(self) -> Any:
+        """(heads, head size) of a cache that is made before the prompt is read in chunks; None: each layer makes its own.
+
+        Where attention is a mixture in some layers only, the cache has more heads there than elsewhere.
+        """
+        some = len(self.config.routed) < self.config.seed.num_hidden_layers
+        own: Any = super()
+        return None if some and self.config.attention == "mixture" else own._get_static_cache_init_shape()
+
+    @staticmethod
+    def create_masks_for_generate(*, inputs_embeds: Tensor, attention_mask: Tensor | None, **kwargs) -> Any:
+        """What transformers prepares for caches of fixed size; routers have to know of padding beside it."""
+        prepared = create_masks_for_generate(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
+        return masks_for_routers(attention_mask, inputs_embeds.shape[1], prepared)
+
+    def _reorder_cache(self, past_key_values: Any, beam_idx: Tensor) -> Any:
+        """Beam search moves rows of the cache; what the routers remember moves with them."""
+        past_key_values.reorder_cache(beam_idx)
+        if kept := getattr(past_key_values, REMEMBERED, None):
+            setattr(past_key_values, REMEMBERED, {name: one.rows(beam_idx) for name, one in kept.items()})
+        return past_key_values
+
     def auxiliary_sums(self, trace: RoutingTrace, tokens_BS: Tensor) -> dict[str, Tensor]:
-        """The auxiliary losses of the feed-forward routers as sums over valid tokens (losses.router_losses)."""
-        valid = trace.valid_tokens()
-        valid = torch.ones_like(tokens_BS, dtype=torch.bool) if valid is None else valid
-        config = self.config
-        balance = config.balance if config.balance_coefficient else "none"
-        return router_losses(trace.of("ffn"), valid, balance, config.balance_scope, z=config.z_coefficient > 0)
+        """The auxiliary losses of all routers as sums over valid tokens (losses.router_losses), by the names of
+        `auxiliary_coefficients`."""
+        valid = torch.ones_like(tokens_BS, dtype=torch.bool) if trace.valid_BS is None else trace.valid_BS
+        sums: dict[str, Tensor] = {}
+        for part in self.config.parts:
+            names, losses = self.config.loss_names(part), self.config.losses(part)
+            wanted = {name: name in names for name in ("z", "similarity", "entropy")}
+            balance = losses["balance"] if "balance" in names else "none"
+            found = router_losses(trace.of(part), valid, balance, losses["balance_scope"], **wanted)
+            sums |= {names[name]: value for name, value in found.items()}
+        return sums
 
     @property
     def auxiliary_coefficients(self) -> dict[str, float]:
-        return {"balance": self.config.balance_coefficient, "z": self.config.z_coefficient}
+        return {
+            full: self.config.losses(part)[f"{name}_coefficient"]
+            for part in self.config.parts
+            for name, full in self.config.loss_names(part).items()
+        }
 
     def forward(
         self,
@@ -328,7 +349,13 @@ class UpcycledForCausalLM(UpcycledPreTrainedModel, GenerationMixin):
         **kwargs,
     ) -> UpcycledOutput:
         """labels (B, S): as in transformers, not shifted, IGNORED (-100) where there is no target."""
-        trace = RoutingTrace(input_ids, attention_mask) if trace is None else trace
+        if trace is None and labels is not None and self.training and self.config.counts_steps:
+            logger.warning_once(
+                "This mixture's routers change with the optimizer's steps (bias_rate, sample_top1), which another loop than "
+                "upcycle's own does not tell them: biases stay where they are and the temperature at 1. Pass "
+                "trace=RoutingTrace(step=...), and call upcycle.train.move_biases after each step."
+            )
+        trace = RoutingTrace() if trace is None else trace
         out = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, trace=trace, **kwargs
         )
@@ -339,8 +366,7 @@ class UpcycledForCausalLM(UpcycledPreTrainedModel, GenerationMixin):
             cross_entropy = self.loss_function(
                 logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
             )
-            tokens_BS = out.last_hidden_state[..., 0]
-            valid = trace.valid_tokens()
+            tokens_BS, valid = out.last_hidden_state[..., 0], trace.valid_BS
             sums, count = self.auxiliary_sums(trace, tokens_BS), tokens_BS.numel() if valid is None else valid.sum()
             aux = {name: value / count for name, value in sums.items()}
             loss = cross_entropy

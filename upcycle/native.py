@@ -24,7 +24,6 @@ from transformers import AutoConfig, PretrainedConfig
 
 from upcycle.checkpoint import Checkpoint
 from upcycle.configuration import UpcycledConfig
-from upcycle.proof import SCALES_TO_ONE, SUMS_TO_ONE
 
 # Fields of the seed's config that every class below reads as the seed's own class does.
 CARRIED = (
@@ -92,12 +91,6 @@ def choose_format(config: UpcycledConfig, format: str) -> tuple[str, tuple[str, 
     return "remote_code", (f"the seed is a {config.seed.model_type}, and none of {titles} has its decoder layer",)
 
 
-def gates_sum_to_one(config: UpcycledConfig) -> bool:
-    """Whether every token's gates sum to 1; with all E experts they do whatever the order of topk and softmax."""
-    every = config.num_experts_per_tok == config.num_experts
-    return config.router in SUMS_TO_ONE or config.gate_scale in SCALES_TO_ONE or every
-
-
 def obstacles(config: UpcycledConfig, format: str) -> list[str]:
     """Why the mixture does not compute what `format`'s class does, one sentence each; empty if it does."""
     native, seed = FORMATS[format], config.seed
@@ -113,13 +106,14 @@ def obstacles(config: UpcycledConfig, format: str) -> list[str]:
     found = []
     if config.attention != "merged":
         found.append(
-            f"its attention is a soft mixture of {config.num_experts} experts, and {native.title} has one attention a layer"
+            f"its attention is a soft mixture of {config.num_attention_experts} experts, and {native.title} has one attention a layer"
         )
     if getattr(seed, "attention_bias", False) and seed.model_type in ("llama", "mistral"):
         found.append(f"the seed has attention_bias=True, and {native.title} has no bias on the attention's output")
     if getattr(seed, "mlp_bias", False):
         found.append(f"the seed has mlp_bias=True, and the experts of {native.title} have no biases")
-    if not gates_sum_to_one(config):
+    found += _own_routing(config, native.title)
+    if not config.gates_sum_to_one:
         if config.gate_scale != "none":
             found.append(
                 f"gate_scale={config.gate_scale!r} multiplies the gates, and {native.title} has no such factor"
@@ -128,6 +122,30 @@ def obstacles(config: UpcycledConfig, format: str) -> list[str]:
             found.append("its gates are softmax_topk's bare probabilities, and Mixtral divides them by their sum")
     if format == "qwen3_moe" and len(set(seed.layer_types)) > 1:
         found.append("its layers differ in attention (sliding and full), and Qwen3-MoE has one kind for all layers")
+    return found
+
+
+def _own_routing(config: UpcycledConfig, title: str) -> list[str]:
+    """What transformers' mixtures, which route every token of every layer by its own top K, have no word for."""
+    options, found = config.router_options, []
+    if config.router not in ("topk_softmax", "softmax_topk", "soft"):
+        found.append(f"its router is {config.router}, and {title} takes the top K of a softmax")
+    if options["per"] != "token":
+        found.append(f"its router decides per {options['per']}, and {title}'s for every token")
+    if options["bias_rate"]:
+        found.append(f"its experts are selected with a bias, and {title} has none")
+    if config.tie != "none":
+        found.append(f"its routers are tied (tie={config.tie}), and those of {title} are not")
+    if config.one_per_source:
+        found.append(f"a token takes one expert of each source at most, and {title} has no such rule")
+    if config.shared_expert != "none":
+        found.append(
+            f"every token takes a shared expert with a fixed share (shared_gate={config.shared_gate}), and {title} has no such expert"
+        )
+    if len(config.routed) < config.seed.num_hidden_layers:
+        found.append(
+            f"only its layers {', '.join(map(str, config.routed))} are mixtures, and all layers of {title} are"
+        )
     return found
 
 
@@ -152,8 +170,16 @@ def notes(config: UpcycledConfig, format: str) -> tuple[str, ...]:
             f"The mixture's balance coefficient {config.balance_coefficient} is router_aux_loss_coef, but transformers' balance loss pools all "
             f"layers and is {config.num_experts_per_tok} when routing is uniform, not 1; it is off until output_router_logits=True"
         )
-    if config.z_coefficient:
-        found.append(f"The mixture's z-loss ({config.z_coefficient}) has no place in {native.title}")
+    for name, full in config.loss_names("ffn").items():
+        if name != "balance":
+            found.append(
+                f"The mixture's {full} loss ({config.losses('ffn')[f'{name}_coefficient']}) has no place in {native.title}"
+            )
+    options = config.router_options
+    if options["noise_std"] or options["jitter"]:
+        found.append(f"{native.title} trains without the noise on routers that the mixture trains with")
+    if not options["trained"]:
+        found.append(f"The mixture's routers are never trained; those of {native.title} train like everything else")
     return tuple(found)
 
 
@@ -164,7 +190,7 @@ def native_config(config: UpcycledConfig, format: str) -> PretrainedConfig:
     fields |= {name: getattr(config, name) for name in SPECIAL_TOKENS}
     fields |= {
         "tie_word_embeddings": config.tie_word_embeddings,
-        "intermediate_size": seed.intermediate_size,
+        "intermediate_size": seed.intermediate_size // config.split,
         "num_experts_per_tok": config.num_experts_per_tok,
         "router_aux_loss_coef": config.balance_coefficient if config.balance != "none" else 0.0,
         "num_local_experts" if format == "mixtral" else "num_experts": config.num_experts,
@@ -172,10 +198,10 @@ def native_config(config: UpcycledConfig, format: str) -> PretrainedConfig:
     window, types = getattr(seed, "sliding_window", None), getattr(seed, "layer_types", None)
     if format == "mixtral":
         return AutoConfig.for_model(format, **fields, sliding_window=window)
-    fields["norm_topk_prob"] = gates_sum_to_one(config)
+    fields["norm_topk_prob"] = config.gates_sum_to_one
     if format == "flex_olmo":
         return AutoConfig.for_model(format, **fields, attention_bias=seed.attention_bias)
-    fields["moe_intermediate_size"] = seed.intermediate_size
+    fields["moe_intermediate_size"] = seed.intermediate_size // config.split
     if types is None:  # one kind of attention in all layers
         types = ["full_attention" if window is None else "sliding_attention"] * seed.num_hidden_layers
     sliding = "sliding_attention" in types

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from upcycle.config import GROUPS, PhaseConfig, TrainConfig, nearest
@@ -65,3 +66,28 @@ def check_ranks(config: TrainConfig, ranks: int, where: str = "train") -> None:
             f"micro_batch_sequences = {ranks} × {config.micro_batch_sequences}; lower micro_batch_sequences, or take another "
             "number of processes"
         )
+
+
+def check_strategy(config: TrainConfig, strategy: str, where: str = "train") -> None:
+    """Raises ValueError: a phase that a strategy of team.STRATEGIES cannot train."""
+    for number, phase in enumerate(config.phases):
+        if phase.experts and strategy.startswith("zero"):
+            raise ValueError(
+                f"{where}.phases[{number}].experts={list(phase.experts)} does not work under {strategy}: DeepSpeed updates "
+                "whole flat buffers, so weight decay and old moments would move the other experts too; use single, ddp or fsdp2"
+            )
+
+
+def check_experts(config: TrainConfig, experts: Sequence[str] | None, where: str = "train") -> None:
+    """experts: of the model; [] for a dense one, None where nobody knows yet. Raises ValueError: a phase names another."""
+    if experts is None:
+        return
+    for number, phase in enumerate(config.phases):
+        for name in phase.experts:
+            if name not in experts:
+                known = (
+                    f"one of {', '.join(experts)}{nearest(name, experts)}"
+                    if experts
+                    else "none: a dense model has no experts"
+                )
+                raise ValueError(f"{where}.phases[{number}].experts names {name!r}, expected {known}")

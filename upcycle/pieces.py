@@ -1,7 +1,8 @@
 """Which tensor of a mixture is made from which tensors of the seed and its branches; every tensor accounted for.
 
 source tensor                        target tensor
-MLP of every expert             ->   stacked                        (BTX, arXiv:2403.07816)
+MLP of every expert             ->   stacked                        (BTX, arXiv:2403.07816), whole or its share (shards.py)
+MLP of the seed, or all         ->   the shared expert, copied or merged, where there is one
 attention of every expert       ->   stacked as wide heads          (BAM, arXiv:2408.08274), or merged
 query and key norms             ->   copied, one a head group, or merged with the keys they norm
 everything else                 ->   merged
@@ -10,26 +11,38 @@ nothing                         ->   routers, drawn fresh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from upcycle.attention import stack_heads, unstack_heads
+from upcycle.checkpoint import Checkpoint
 from upcycle.configuration import UpcycledConfig
+from upcycle.experts import Expert, Placed, whole
 from upcycle.families import Family, family_of, key_value_heads, split_fused
 from upcycle.modeling import UpcycledForCausalLM
+from upcycle.routing import gates_sum_to_one
+from upcycle.shards import chosen_units, dropped_units, matrices, redrawn, scaled, shared_out
+
+
+def as_it_is(expert: Expert, cuts: Mapping[str, list[Tensor]]) -> list[Tensor]:
+    """What an expert that is whole takes of the models' tensors."""
+    return cuts[expert.source]
 
 
 @dataclass(frozen=True)
 class Piece:
     """How one target tensor is made. `sources` are the names of the tensors it takes from each checkpoint.
 
-    origin: "stacked", `stack` takes what `cut` leaves of the sources of every expert, [expert][source], and
-    `unstack(target, expert)` undoes it; "copied", from the one expert with index `expert`; "merged", what `cut` leaves
-    of the merged source; "fresh", from nothing. part: which rows of a fused source `cut` takes.
+    origin: "stacked", of every expert of `sublayer`, "ffn" or "attention", `carve` takes its share of what `cut` leaves of
+    the models' sources; `stack` takes these, [expert][matrix], and `unstack(target, expert)` undoes it; "copied", from the
+    one `model` (for the attention expert with index `expert`, or for all); "merged", what `cut` leaves of the merged source;
+    "fresh", from nothing. part: which rows of a fused source `cut` takes. axis: along which hidden units of a feed-forward
+    lie in a matrix; None: nowhere.
     """
 
     target: str
@@ -40,26 +53,54 @@ class Piece:
     cut: Callable[[Tensor], Tensor] = lambda tensor: tensor
     part: str | None = None
     expert: int | None = None
+    model: str | None = None
+    sublayer: str = "attention"
+    carve: Callable[[Expert, Mapping[str, list[Tensor]]], list[Tensor]] = as_it_is
+    axis: int | None = None
+
+    def models(self, placed: Placed) -> list[str]:
+        """The checkpoints that it is made of."""
+        if self.origin == "fresh":
+            return []
+        if self.model is not None:
+            return [self.model]
+        if self.origin == "merged":
+            return list(placed.models)
+        return list(dict.fromkeys(one.source for expert in placed.of(self.sublayer) for one in expert.chunks))
 
 
-def plan_pieces(config: UpcycledConfig, source_names: Sequence[str]) -> list[Piece]:
-    """One piece for every tensor of the mixture, in the order of its layers.
+def placed_whole(config: UpcycledConfig) -> Placed:
+    """What a config alone tells: every expert the whole of its source."""
+    attention = whole(config.names_of("attention"), config.sources_of("attention"))
+    return Placed(
+        experts=whole(config.experts, config.expert_sources),
+        attention=attention if config.attention == "mixture" else (),
+        models=tuple(dict.fromkeys(config.expert_sources)),
+        top_k=config.num_experts_per_tok,
+        layers=None if config.routed_layers is None else tuple(config.routed),
+    )
+
+
+def plan_pieces(config: UpcycledConfig, source_names: Sequence[str], placed: Placed | None = None) -> list[Piece]:
+    """One piece for every tensor of the mixture, in the order of its layers. placed: None, all experts are whole.
 
     Raises ValueError: a source tensor that no rule uses; a target tensor that no piece makes, or two make.
     """
-    family, names = family_of(config.seed), set(source_names)
+    family, names, wanted = family_of(config.seed), set(source_names), _tensors_of(config)
+    placed = placed_whole(config) if placed is None else placed
     pieces: list[Piece] = []
-    for layer in range(config.seed.num_hidden_layers):
+    for layer in config.routed:
         source = f"{family.decoder}.{family.layers}.{layer}."
         target = f"model.decoder.{family.layers}.{layer}."
-        pieces += _mlp_pieces(family, source + family.mlp, target + family.mlp, names)
+        pieces += _mlp_pieces(config, placed, layer, names)
         if config.attention == "mixture":
             pieces += _attention_pieces(config, source + family.attention, target + family.attention, names)
+        pieces += [Piece(name, "fresh") for name in wanted if name.startswith(target) and ".router." in name]
     taken = {name for piece in pieces for name in piece.sources}
     for name in source_names:
         if name not in taken:
             pieces.append(Piece(_outside_layers(name, family), "merged", (name,)))
-    _check_targets(config, pieces)
+    _check_targets(config, pieces, set(wanted))
     return pieces
 
 
@@ -73,16 +114,74 @@ def _linear(family: Family) -> Callable[[Tensor], Tensor]:
     return (lambda tensor: tensor.t()) if family.conv1d else (lambda tensor: tensor)
 
 
-def _mlp_pieces(family: Family, source: str, target: str, names: set[str]) -> Iterator[Piece]:
-    yield Piece(f"{target}.router.weight", "fresh")
+def _mlp_pieces(config: UpcycledConfig, placed: Placed, layer: int, names: set[str]) -> Iterator[Piece]:
+    family = family_of(config.seed)
+    source = f"{family.decoder}.{family.layers}.{layer}.{family.mlp}"
+    target = f"model.decoder.{family.layers}.{layer}.{family.mlp}"
     stem = "gate_up_proj" if family.gated else "up_proj"
     for kind, suffix in (("weight", ""), ("bias", "_bias")):
         for parts, name in ((family.up, stem), ((family.down,), "down_proj")):
             sources = tuple(f"{source}.{part}.{kind}" for part in parts)
-            if names.issuperset(sources):
-                unstack = partial(_unstack_rows, count=len(parts))
-                to = f"{target}.experts.{name}{suffix}"
-                yield Piece(to, "stacked", sources, _stack_rows, unstack, _linear(family))
+            if not names.issuperset(sources):
+                continue
+            to, up = f"{target}.experts.{name}{suffix}", name == stem
+            axis = 0 if up else 1 if kind == "weight" else None
+            unstack = partial(_unstack_rows, count=2 if up and family.gated else 1)
+            carve = partial(_share_of, config=config, placed=placed, layer=layer, target=to, axis=axis)
+            yield Piece(
+                to, "stacked", sources, _stack_rows, unstack, _linear(family), sublayer="ffn", carve=carve, axis=axis
+            )
+            for one in sources if config.shared_expert != "none" else ():
+                own = f"{target}.shared_expert.{one.removeprefix(source + '.')}"
+                if config.shared_expert == "seed":
+                    yield Piece(own, "copied", (one,), model="seed")
+                else:
+                    yield Piece(own, "merged", (one,))
+
+
+def _share_of(
+    expert: Expert,
+    cuts: Mapping[str, list[Tensor]],
+    *,
+    config: UpcycledConfig,
+    placed: Placed,
+    layer: int,
+    target: str,
+    axis: int | None,
+) -> list[Tensor]:
+    """The matrices (or biases) of one expert: its hidden units of its sources', drawn anew in part, scaled."""
+    gated = axis == 0 and family_of(config.seed).gated
+    of_sources = {name: matrices(stored, gated) for name, stored in cuts.items()}
+    found: list[Tensor] = []
+    for place in range(2 if gated else 1):
+        tensor_of = {name: tensors[place] for name, tensors in of_sources.items()}
+        if axis is None:
+            found.append(shared_out(tensor_of, expert.chunks))
+            continue
+        tensor = chosen_units(tensor_of, expert.chunks, axis)
+        if placed.drop_fraction:
+            key = f"{placed.rng_seed}/{expert.name}/"
+            units = dropped_units(tensor.shape[axis], placed.drop_fraction, f"{key}{layer}")
+            tensor = redrawn(tensor, axis, units, f"{key}{target}/{place}")
+        found.append(tensor)
+    if axis != 0 and placed.scale_weights:
+        return [scaled(tensor, weight_scale(config, layer)) for tensor in found]
+    return found
+
+
+def weight_scale(config: UpcycledConfig, layer: int) -> float:
+    """By what the down projections of shards are multiplied so that copies of the seed stay the seed.
+
+        a = G                 where the gates of a token sum to 1, or do with a fresh router (`compensate`)
+        a = E · G² / T        for bare probabilities, which sum to about T / (E · G)      (arXiv:2410.07524, section 4.2)
+
+    G shards of one feed-forward, E feed-forwards, T shards a token. Exact where gates sum to 1 and a token takes whole
+    feed-forwards with equal gates (virtual groups). Differs: the paper scales fc1 and fc2, which is not exact under SiLU.
+    """
+    rule, shards = config.rule("ffn", layer), config.num_experts
+    if gates_sum_to_one(rule, shards) or rule.gate_scale == "compensate":
+        return config.split
+    return shards * config.split / rule.top_k
 
 
 def _stack_rows(experts: list[list[Tensor]]) -> Tensor:
@@ -96,7 +195,6 @@ def _unstack_rows(stacked: Tensor, expert: int, count: int) -> list[Tensor]:
 
 def _attention_pieces(config: UpcycledConfig, source: str, target: str, names: set[str]) -> Iterator[Piece]:
     family, shared = family_of(config.seed), config.kv == "shared"
-    yield Piece(f"{target}.router.weight", "fresh")
     for projection, role in family.projections.items():
         for kind in ("weight", "bias"):
             name, to = f"{source}.{projection}.{kind}", f"{target}.{projection}.{kind}"
@@ -117,8 +215,8 @@ def _attention_pieces(config: UpcycledConfig, source: str, target: str, names: s
             if role == "key" and shared:
                 yield Piece(f"{target}.{norm}.{suffix}", "merged", (name,))
                 continue
-            for expert in range(config.num_experts):
-                yield Piece(f"{target}.{norm}.norms.{expert}.{suffix}", "copied", (name,), expert=expert)
+            for expert, model in enumerate(config.sources_of("attention")):
+                yield Piece(f"{target}.{norm}.norms.{expert}.{suffix}", "copied", (name,), expert=expert, model=model)
 
 
 def _shared_heads(config: UpcycledConfig) -> int | None:
@@ -126,7 +224,7 @@ def _shared_heads(config: UpcycledConfig) -> int | None:
 
 
 def _rows_piece(config: UpcycledConfig, source: str, target: str, cut=None, part: str | None = None) -> Piece:
-    experts, kv_heads = config.num_experts, _shared_heads(config)
+    experts, kv_heads = config.num_attention_experts, _shared_heads(config)
     return Piece(
         target,
         "stacked",
@@ -151,7 +249,7 @@ def _fused_piece(config: UpcycledConfig, source: str, target: str, part: str) ->
 
 
 def _output_piece(config: UpcycledConfig, source: str, target: str, kind: str) -> Piece:
-    experts, kv_heads = config.num_experts, _shared_heads(config)
+    experts, kv_heads = config.num_attention_experts, _shared_heads(config)
     if kind == "bias":  # (E, D)
         return Piece(
             target, "stacked", (source,), lambda s: torch.stack([one for (one,) in s]), lambda t, expert: [t[expert]]
@@ -166,12 +264,42 @@ def _output_piece(config: UpcycledConfig, source: str, target: str, kind: str) -
     )
 
 
-def _check_targets(config: UpcycledConfig, pieces: list[Piece]) -> None:
+def _tensors_of(config: UpcycledConfig) -> list[str]:
+    """The names of all tensors of the mixture; which routers have weights, and which a bias, is the model's business."""
+    with torch.device("meta"):
+        names = list(UpcycledForCausalLM._from_config(config).state_dict())
+    return [name for name in names if not (config.tie_word_embeddings and name == "lm_head.weight")]
+
+
+def dense_config(config: UpcycledConfig) -> PretrainedConfig:
+    """The seed's config as a dense model has it, without what assembly (parts_of) and a live mixture wrote into it."""
+    return AutoConfig.for_model(**{name: value for name, value in config.seed.to_dict().items() if name != "parts_of"})
+
+
+def dense_names(config: UpcycledConfig) -> list[str]:
+    """The names of the tensors of the seed's own class: what `plan_pieces` takes where there is no checkpoint of it."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(dense_config(config))
+    return sorted(set(model.state_dict()) - set(model.all_tied_weights_keys))
+
+
+def check_tensors(mixture: Checkpoint, config: UpcycledConfig) -> None:
+    """Raises ValueError: a tensor that the model class lacks, or has in another shape, or that is absent."""
     with torch.device("meta"):
         model = UpcycledForCausalLM._from_config(config)
-    wanted = set(model.state_dict())
-    if config.tie_word_embeddings:
-        wanted.discard("lm_head.weight")
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: mixture.shape(name) for name in mixture.names}
+    if config.tie_word_embeddings:  # the embedding, under a second name
+        for names in (expected, found):
+            names.pop("lm_head.weight", None)
+    if odd := sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name)):
+        raise ValueError(
+            f"{mixture.directory}: {odd[0]} has shape {found.get(odd[0])}, expected {expected.get(odd[0])} "
+            f"({len(odd)} such tensors in all); assemble the mixture again"
+        )
+
+
+def _check_targets(config: UpcycledConfig, pieces: list[Piece], wanted: set[str]) -> None:
     made = [piece.target for piece in pieces]
     problems = {
         "no rule for these tensors of the checkpoints": sorted(set(made) - wanted),

@@ -54,13 +54,37 @@ def check_alike(seed: Checkpoint, branches: dict[str, Checkpoint]) -> list[str]:
         if configs[name].model_type == configs["seed"].model_type:  # else every tensor would be another
             found += compare_tensors(branch, seed)
         if found:
-            more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-            raise ValueError(
-                f"{where}: {len(found)} difference{'s' * (len(found) > 1)}: {'; '.join(found[:SHOWN])}{more}. Branches must "
-                "be the seed's model with other weights: bring one that was trained from this seed"
-            )
+            raise ValueError(_unfit(where, found))
         notes += [f"{where}: {note}" for note in allowed + settings + _other_dtype(branch, seed)]
     return notes
+
+
+def check_joins(name: str, branch: Checkpoint, mixture: Checkpoint, seed: Any) -> list[str]:
+    """A branch that is to join a mixture must be its seed's model with other weights; the seed itself need not be there.
+
+    seed: its config (pieces.dense_config). Returns notes on what differs and is allowed.
+    Raises ValueError: see `check_alike`.
+    """
+    branch.check()
+    theirs = model_config(branch)
+    _check_tied_head(branch, theirs)
+    where = f"branch {name!r} ({branch.directory}) against the seed of {mixture.directory}"
+    found, allowed = compare_configs(theirs, seed)
+    words, settings = compare_tokenizers(branch, mixture)
+    if found := found + words:
+        raise ValueError(_unfit(where, found))
+    check_own_config(branch, theirs)  # of the same config, so the same names and shapes
+    if extra := sorted(set(branch.names) - set(_wanted(theirs)[0])):
+        raise ValueError(_unfit(where, [f"{tensor} is one too many, the seed has none" for tensor in extra]))
+    return [f"{where}: {note}" for note in allowed + settings]
+
+
+def _unfit(where: str, found: list[str]) -> str:
+    more = f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    return (
+        f"{where}: {len(found)} difference{'s' * (len(found) > 1)}: {'; '.join(found[:SHOWN])}{more}. Branches must "
+        "be the seed's model with other weights: bring one that was trained from this seed"
+    )
 
 
 def model_config(checkpoint: Checkpoint) -> Any:
@@ -109,10 +133,7 @@ def check_own_config(checkpoint: Checkpoint, config: Any) -> None:
 
     Raises ValueError, naming the first five tensors that are not. Tensors that nothing uses are assembly's to refuse.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tied = set(model.all_tied_weights_keys)
+    wanted, tied = _wanted(config)
     odd = [f"{name} is absent" for name in sorted(wanted.keys() - checkpoint.files.keys() - tied)]
     odd += [
         f"{name} has shape {checkpoint.shape(name)}, expected {wanted[name]}"
@@ -124,6 +145,14 @@ def check_own_config(checkpoint: Checkpoint, config: Any) -> None:
             f"{checkpoint.directory}: the tensors are not those of its config.json: {'; '.join(odd[:SHOWN])} ({len(odd)} in "
             "all); copy config and weights from one model"
         )
+
+
+def _wanted(config: Any) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    """Shapes by name of the tensors that a config asks for, and which of them are others under a second name."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return shapes, set(model.all_tied_weights_keys)
 
 
 def compare_configs(theirs: Any, ours: Any) -> tuple[list[str], list[str]]:

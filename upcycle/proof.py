@@ -1,59 +1,91 @@
 """Prove an assembled mixture against its sources, after reading it back from disk.
 
-1. Tensors. Every expert's tensors, cut out of the stacked ones, hash to what was read from that expert's checkpoint;
-   every averaged tensor is the mean of its sources.
+1. Tensors. Every expert's tensors, cut out of the stacked ones, are what its sources' checkpoints, read once more, give it:
+   the whole, certain hidden units, or some of them drawn anew (assembly.json says which). They hash to what was written
+   down at assembly. A shared expert is the seed's own. Every averaged tensor is the mean of its sources, or the seed's own
+   where that was asked for.
 2. One-hot. With all routers forced to expert e, the mixture's logits equal those of a dense model of the seed's own
-   class that has e's tensors inside the merged rest; for every e.
-3. Gates. With the routers as they are, each feed-forward sublayer's output is Σ_e gate_e · MLP_e of the branches' own
-   MLPs, and where the options promise it, every token's gates sum to 1 (then copies of the seed are the seed).
+   class that has e's tensors (and the shared expert's) inside the merged rest; for every e.
+3. Gates. With the routers as they are, each feed-forward sublayer's output is Σ_e gate_e · MLP_e, of MLPs of the seed's own
+   class, with the shared expert's share; and where the options promise it, every token's gates sum to 1 (then copies of the
+   seed are the seed).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from upcycle.checkpoint import Checkpoint, tensor_sha256
+from upcycle.configuration import UpcycledConfig
+from upcycle.dense_reference import DenseReference
 from upcycle.durable import write_json
-from upcycle.families import Family, family_of, join_fused
+from upcycle.experts import Placed
+from upcycle.families import Family, family_of
 from upcycle.modeling import RoutedExperts, UpcycledForCausalLM
 from upcycle.pieces import Piece, plan_pieces
-from upcycle.routing import RoutingTrace
+from upcycle.router import RoutingTrace
+from upcycle.store import ignore
 
 TOLERANCE = 1e-4  # of the largest value, in fp32; a misplaced tensor is off by 0.1 and more
-SUMS_TO_ONE = ("topk_softmax", "soft")  # at any gate_scale; softmax_topk only with these:
-SCALES_TO_ONE = ("sum_to_one", "straight_through")
 
 
-def prove(mixture_dir: Path, expert_dirs: dict[str, Path]) -> dict:
+def prove(mixture_dir: Path, model_dirs: Mapping[str, Path], advance: Callable[..., None] = ignore) -> dict:
     """Run the three checks and write them to `proof.json` beside the mixture.
 
-    Raises ValueError: a check failed; the mixture must not be used.
+    model_dirs: the seed ("seed") and the branches, by name; at least those that the mixture has something of.
+    Raises ValueError: a check failed, the mixture must not be used; a model that it was made from is not given.
     """
-    experts = {name: Checkpoint(path) for name, path in expert_dirs.items()}
-    mixture = Checkpoint(mixture_dir)
+    mixture, placed = Checkpoint(mixture_dir), _placed(mixture_dir)
     model: Any = UpcycledForCausalLM.from_pretrained(mixture_dir, dtype=torch.float32).eval()
-    pieces = plan_pieces(model.config, next(iter(experts.values())).names)
-    hashed = _check_hashes(mixture, pieces, model.config.experts)
-    _check_averages(mixture, pieces, list(experts.values()))
-    tokens = torch.randint(0, model.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
+    record = json.loads((mixture_dir / "assembly.json").read_text())
+    config, method = model.config, record["merge"]
+    if [expert.name for expert in placed.experts] != config.experts:
+        raise ValueError(f"{mixture_dir}: assembly.json and config.json name other experts; assemble the mixture again")
+    if placed.drop_fraction and record.get("edits"):
+        raise ValueError(
+            f"{mixture_dir} has experts that were drawn anew in part and was edited afterwards; what each came from is proved by "
+            "the edit itself (proof.json)"
+        )
+    needed = _needed(placed, config, method)
+    if absent := [name for name in needed if name not in model_dirs]:
+        raise ValueError(
+            f"{mixture_dir} was made from {', '.join(needed)}; {absent[0]} is not given to prove it against"
+        )
+    checkpoints = {name: Checkpoint(model_dirs[name]) for name in needed}
+    pieces = plan_pieces(config, checkpoints[needed[0]].names, placed)
+    steps = len(placed.experts) + 1  # the tensors, then each expert alone
+    hashed = _check_hashes(mixture, pieces, placed, checkpoints)
+    merged_of = ["seed"] if method == "seed" else placed.models
+    _check_merged(mixture, pieces, [checkpoints[name] for name in merged_of], method)
+    advance(1, steps, doing="proved: tensors")
+    tokens = torch.randint(0, config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
     sublayers, gate_sum = _watch_sublayers(model, tokens)
+    dense = DenseReference(mixture, pieces, config, placed, checkpoints)
     errors = {}
-    for index, (name, checkpoint) in enumerate(experts.items()):
-        dense = _dense_reference(mixture, pieces, model.config, checkpoint, index)
-        errors[name] = _largest_difference(model, dense, tokens, index)
-        if not errors[name] <= TOLERANCE:
+    for index, expert in enumerate(placed.experts):
+        dense.take(index)
+        errors[expert.name] = largest_difference(model, dense, tokens, index)
+        if not errors[expert.name] <= TOLERANCE:
             raise ValueError(
-                f"{mixture_dir}: forced to expert {name!r} the mixture's logits differ from the dense model's by "
-                f"{errors[name]:.2e} of the largest, expected at most {TOLERANCE}; do not use this mixture"
+                f"{mixture_dir}: forced to expert {expert.name!r} the mixture's logits differ from the dense model's by "
+                f"{errors[expert.name]:.2e} of the largest, expected at most {TOLERANCE}; do not use this mixture"
             )
+        dense.take_feed_forward(index, shared=False)
         for sublayer in sublayers:
-            sublayer.subtract(dense, index)
+            sublayer.subtract(dense.model, sublayer.gates_TE[:, index, None])
+        advance(index + 2, steps, doing=f"proved: expert {expert.name}")
+    if config.shared_expert != "none":
+        dense.take_feed_forward(None, shared=True)
+        for sublayer in sublayers:
+            sublayer.subtract(dense.model, 1.0)
     left = max(sublayer.left() for sublayer in sublayers)
     if not left <= TOLERANCE:
         raise ValueError(
@@ -63,21 +95,85 @@ def prove(mixture_dir: Path, expert_dirs: dict[str, Path]) -> dict:
     result = {
         "expert_tensors_hashed": hashed, "one_hot_errors": errors, "gated_sum_error": left, "mean_gate_sum": gate_sum,
     }  # fmt: skip
-    write_json(mixture_dir / "proof.json", result)
-    return result
+    return write_proof(mixture_dir, result)
 
 
-def _check_hashes(mixture: Checkpoint, pieces: list[Piece], experts: list[str]) -> int:
+def _needed(placed: Placed, config: UpcycledConfig, method: str) -> list[str]:
+    """The models that the mixture has something of, by name."""
+    sources = [chunk.source for expert in (*placed.experts, *placed.attention) for chunk in expert.chunks]
+    seed = ["seed"] * ("seed" in (config.shared_expert, method))
+    return list(dict.fromkeys([*placed.models, *sources, *seed]))
+
+
+def write_proof(mixture_dir: Path, result: Mapping[str, Any]) -> dict:
+    """`proof.json`: what was found, and of which weights."""
+    mixture = Checkpoint(mixture_dir)
+    hashes = {name: tensor_sha256(mixture.get(name)) for name in mixture.names}
+    proof = {**result, "weights_sha256": weights_sha256(hashes)}
+    write_json(mixture_dir / "proof.json", proof)
+    return proof
+
+
+def weights_sha256(hashes: Mapping[str, str]) -> str:
+    """One hash of all tensors, from `tensor_sha256` of each; the same in however many shards they lie."""
+    return hashlib.sha256(json.dumps(dict(hashes), sort_keys=True).encode()).hexdigest()
+
+
+def changed_experts(mixture_dir: Path) -> tuple[list[str], int]:
+    """(tensors of experts that no longer hash to what assembly.json has of them, how many there are); needs no sources.
+
+    Raises ValueError: see `pieces.plan_pieces`.
+    """
+    mixture, placed = Checkpoint(mixture_dir), _placed(mixture_dir)
+    rows = json.loads((mixture_dir / "assembly.json").read_text())["tensors"]
+    written = {row["target"]: row["sha256"] for row in rows if "sha256" in row}
+    pieces = plan_pieces(
+        UpcycledConfig.from_pretrained(mixture_dir), sorted({s for row in rows for s in row["sources"]}), placed
+    )
+    changed, count = [], 0
+    for piece in (piece for piece in pieces if piece.target in written):
+        for name, _, parts in _held(mixture.get(piece.target), piece, placed, written[piece.target]):
+            for part, source, expected in zip(parts, piece.sources, written[piece.target][name], strict=True):
+                count += 1
+                if tensor_sha256(part) != expected:
+                    changed.append(f"{source} of {name}")
+    return changed, count
+
+
+def _held(
+    ours: Tensor, piece: Piece, placed: Placed, whose: Mapping[str, Any]
+) -> Iterator[tuple[str, int, list[Tensor]]]:
+    """What a tensor of the mixture has of each expert: (its name, its index, its parts). whose: assembly.json's sha256."""
+    if piece.unstack is None:
+        yield next(iter(whose)), 0, [ours]
+        return
+    for index, expert in enumerate(placed.of(piece.sublayer)):
+        yield expert.name, index, piece.unstack(ours, index)
+
+
+def _placed(mixture_dir: Path) -> Placed:
+    return TypeAdapter(Placed).validate_python(json.loads((mixture_dir / "assembly.json").read_text())["placed"])
+
+
+def _check_hashes(
+    mixture: Checkpoint, pieces: list[Piece], placed: Placed, checkpoints: Mapping[str, Checkpoint]
+) -> int:
+    """Every tensor of an expert, and of the seed's shared one: as its sources give it, and as assembly.json has it."""
     rows = {row["target"]: row for row in json.loads((mixture.directory / "assembly.json").read_text())["tensors"]}
-    count = 0
+    dtype, count = mixture.dtype(), 0
     for piece in pieces:
         if piece.origin not in ("stacked", "copied"):
             continue
-        ours = mixture.get(piece.target)
-        for name, expected_parts in rows[piece.target]["sha256"].items():
-            parts = piece.unstack(ours, experts.index(name)) if piece.unstack else [ours]
-            for part, expected in zip(parts, expected_parts, strict=True):
-                if tensor_sha256(part) != expected:
+        ours, hashes = mixture.get(piece.target), rows[piece.target]["sha256"]
+        cuts = {
+            name: [piece.cut(checkpoints[name].get(source).to(dtype)) for source in piece.sources]
+            for name in piece.models(placed)
+        }
+        for name, index, parts in _held(ours, piece, placed, hashes):
+            whole = piece.unstack is None
+            made = cuts[piece.models(placed)[0]] if whole else piece.carve(placed.of(piece.sublayer)[index], cuts)
+            for part, own, written in zip(parts, made, hashes[name], strict=True):
+                if tensor_sha256(part) != written or not torch.equal(part, own):
                     raise ValueError(
                         f"{mixture.directory}: {piece.target}: expert {name!r} does not hold the tensors of its branch"
                     )
@@ -85,32 +181,38 @@ def _check_hashes(mixture: Checkpoint, pieces: list[Piece], experts: list[str]) 
     return count
 
 
-def _check_averages(mixture: Checkpoint, pieces: list[Piece], experts: list[Checkpoint]) -> None:
-    """Merged tensors against a plain float64 mean; the tolerance is that of the mixture's dtype."""
-    if json.loads((mixture.directory / "assembly.json").read_text())["merge"] != "average":
-        return
+def _check_merged(mixture: Checkpoint, pieces: list[Piece], models: list[Checkpoint], method: str) -> None:
+    """Merged tensors against a plain float64 mean, with the tolerance of the mixture's dtype; the seed's own to the bit."""
     for piece in pieces:
-        if piece.origin != "merged":
+        if piece.origin != "merged" or method not in ("seed", "average"):
             continue
-        ours = mixture.get(piece.target)
-        mean = piece.cut(torch.stack([expert.get(piece.sources[0]).double() for expert in experts]).mean(0))
-        if not torch.allclose(ours.double(), mean, rtol=2 * torch.finfo(ours.dtype).eps, atol=1e-6):
-            raise ValueError(
-                f"{mixture.directory}: {piece.target} is not the average of {piece.sources[0]} over the experts"
-            )
+        ours, (source,) = mixture.get(piece.target), piece.sources
+        if method == "seed":
+            what, same = "the seed's own", torch.equal(ours, piece.cut(models[0].get(source).to(ours.dtype)))
+        else:
+            mean = piece.cut(torch.stack([model.get(source).double() for model in models]).mean(0))
+            what = "the average of the experts'"
+            same = torch.allclose(ours.double(), mean, rtol=2 * torch.finfo(ours.dtype).eps, atol=1e-6)
+        if not same:
+            raise ValueError(f"{mixture.directory}: {piece.target} is not {what} {source}")
 
 
 class _Sublayer:
-    """Input, output and routing of one layer's experts in one forward; what is left after subtracting gate_e · MLP_e."""
+    """Input, output and routing of one layer's experts in one forward; what is left after subtracting gate_e · MLP_e.
 
-    def __init__(self, family: Family, layer: int, hidden_TD: Tensor, output_TD: Tensor, gates_TE: Tensor):
-        self.family, self.layer, self.hidden_TD, self.gates_TE = family, layer, hidden_TD, gates_TE
+    share: by what the sublayer multiplies the sum of its experts, shared and routed.
+    """
+
+    def __init__(
+        self, family: Family, layer: int, hidden_TD: Tensor, output_TD: Tensor, gates_TE: Tensor, share: float
+    ):
+        self.family, self.layer, self.hidden_TD, self.gates_TE, self.share = family, layer, hidden_TD, gates_TE, share
         self.largest, self.rest_TD = output_TD.abs().max(), output_TD.clone()
 
     @torch.no_grad()
-    def subtract(self, dense: Any, expert: int) -> None:
+    def subtract(self, dense: Any, gates_T1: Tensor | float) -> None:
         mlp = getattr(getattr(dense.base_model, self.family.layers)[self.layer], self.family.mlp)
-        self.rest_TD -= self.gates_TE[:, expert, None] * mlp(self.hidden_TD)
+        self.rest_TD -= self.share * gates_T1 * mlp(self.hidden_TD)
 
     def left(self) -> float:
         return (self.rest_TD.abs().max() / self.largest).item()
@@ -118,7 +220,7 @@ class _Sublayer:
 
 @torch.no_grad()
 def _watch_sublayers(model: Any, tokens: Tensor) -> tuple[list[_Sublayer], float]:
-    """One forward with the routers as they are: each layer's experts, and the mean sum of the gates.
+    """One forward with the routers as they are: each mixture layer's experts, and the mean sum of the gates.
 
     Raises ValueError: the options promise gates that sum to 1, and some don't.
     """
@@ -127,52 +229,30 @@ def _watch_sublayers(model: Any, tokens: Tensor) -> tuple[list[_Sublayer], float
     def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
         seen.append((args[0].flatten(0, 1), output.flatten(0, 1)))
 
+    config = model.config
     handles = [module.register_forward_hook(keep) for module in model.modules() if isinstance(module, RoutedExperts)]
-    trace = RoutingTrace(tokens)
+    experts_B = torch.arange(len(tokens)) % config.num_experts  # oracle routers ask for them
+    trace = RoutingTrace(expert_B=experts_B)
     model(tokens, trace=trace)
     for handle in handles:
         handle.remove()
+    share = 0.5 if config.shared_expert != "none" and config.shared_gate == "half" else 1.0
     sublayers, sums = [], []
-    for layer, (routing, (hidden, output)) in enumerate(zip(trace.of("ffn"), seen, strict=True)):
+    for layer, routing, (hidden, output) in zip(config.routed, trace.of("ffn"), seen, strict=True):
         gates_TE = torch.zeros_like(routing.logits).scatter_add(1, routing.experts, routing.gates)
-        sublayers.append(_Sublayer(family_of(model.config.seed), layer, hidden, output, gates_TE))
+        sublayers.append(_Sublayer(family_of(config.seed), layer, hidden, output, gates_TE, share))
         sums.append(gates_TE.sum(1))
-    config, off = model.config, max((total - 1).abs().max().item() for total in sums)
-    if (config.router in SUMS_TO_ONE or config.gate_scale in SCALES_TO_ONE) and not off <= TOLERANCE:
+    off = max((total - 1).abs().max().item() for total in sums)
+    if config.gates_sum_to_one and not off <= TOLERANCE:
         raise ValueError(
             f"{config.router} with gate_scale={config.gate_scale} promises gates that sum to 1; they are off by {off:.2e}"
         )
     return sublayers, torch.stack(sums).mean().item()
 
 
-def _dense_reference(mixture: Checkpoint, pieces: list[Piece], config, expert: Checkpoint, index: int) -> nn.Module:
-    """A dense model of the seed's class: the expert's own tensors, the mixture's merged ones for the rest."""
-    family, dtype = family_of(config.seed), mixture.dtype()  # what the sources were cast to
-    state: dict[str, Tensor] = {}
-    fused: dict[str, dict[str, Tensor]] = {}
-    for piece in pieces:
-        if piece.origin == "fresh" or piece.expert not in (None, index):
-            continue
-        own = None if piece.origin == "merged" else {name: expert.get(name).to(dtype) for name in piece.sources}
-        if piece.part is not None:
-            (source,) = piece.sources
-            fused.setdefault(source, {})[piece.part] = (
-                mixture.get(piece.target) if own is None else piece.cut(own[source])
-            )
-        else:
-            state |= {piece.sources[0]: mixture.get(piece.target)} if own is None else own
-    for source, parts in fused.items():
-        whole = join_fused(parts, family, config.seed)
-        state[source] = whole.t() if family.conv1d else whole
-    dense = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(expert.directory), dtype=torch.float32)
-    missing, unexpected = dense.load_state_dict(state, strict=False)
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    assert not unexpected and set(missing) <= tied, (missing, unexpected)
-    return dense.eval()
-
-
 @torch.no_grad()
-def _largest_difference(model: UpcycledForCausalLM, dense: nn.Module, tokens: Tensor, expert: int) -> float:
-    ours = model(tokens, trace=RoutingTrace(tokens, forced=expert)).logits
-    theirs = dense(tokens).logits
+def largest_difference(model: UpcycledForCausalLM, dense: DenseReference, tokens: Tensor, index: int) -> float:
+    forced = {"ffn": index, "attention": dense.attention_expert(index)}
+    ours = model(tokens, trace=RoutingTrace(forced=forced)).logits
+    theirs = dense.model(tokens).logits
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()

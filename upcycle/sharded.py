@@ -64,6 +64,15 @@ class ShardedEngine(PlainEngine):
             if local[dim]
         ]
 
+    def _local_mask(self, mask: Tensor, parameter: Any) -> Tensor:
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        local, offset = compute_local_shape_and_global_offset(parameter.shape, self.mesh, parameter.placements)
+        for dim, (size, start) in enumerate(zip(local, offset, strict=True)):
+            if mask.shape[dim] > 1:
+                mask = mask.narrow(dim, start if size else 0, size)
+        return mask.to(local_of(parameter).device)
+
     def weights(self) -> Iterator[Part]:
         for name, parameter in self.model.named_parameters():
             yield from cut(name, WEIGHT, local_of(parameter), self._ranges(parameter))

@@ -39,7 +39,8 @@ def save_snapshot(root: Path, step: int, engine: PlainEngine, keep: int) -> None
         partial.mkdir(parents=True)
     team.wait()
     partial.mkdir(parents=True, exist_ok=True)  # a file system of several machines may show it late
-    files = {"model": _named(engine.weights()), "optimizer": _named(engine.moments()), "rng": _random_states()}
+    weights = _named([*engine.weights(), *engine.buffers()])
+    files = {"model": weights, "optimizer": _named(engine.moments()), "rng": _random_states()}
     hashes = {}
     for kind, tensors in files.items():
         path = partial / f"{kind}-{team.rank:05d}.safetensors"

@@ -9,8 +9,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from upcycle.config import AssembleConfig, SeedConfig, TokenizerConfig
+from upcycle.config import SeedConfig, TokenizerConfig
 from upcycle.durable import write_json
+from upcycle.mixture_config import AssembleConfig
 from upcycle.store import Run, versioned
 
 OVERLAP_NGRAM = 13  # tokens; long enough that a match is copied text, as in GPT-3's report (arXiv:2005.14165)
@@ -23,7 +24,7 @@ def collect_documents(config: dict[str, Any], *, out: Path, run: Run, num_proc: 
 
     from upcycle.data import collect_domain
 
-    found = collect_domain(replace(config["domain"], num_proc=num_proc), config["data"], out)
+    found = collect_domain(replace(config["domain"], num_proc=num_proc), config["data"], out, run.advance)
     sizes = ", ".join(f"{split} {n['documents']} ({n['bytes'] / 1e6:.1f} MB)" for split, n in found["splits"].items())
     near = sum(n["near_duplicates"] for n in found["splits"].values())
     run.say(f"documents: {sizes}; {near} near duplicates kept in their cluster's split")
@@ -33,7 +34,7 @@ def collect_documents(config: dict[str, Any], *, out: Path, run: Run, num_proc: 
 def train_tokenizer(config: TokenizerConfig, *, out: Path, run: Run, documents: dict[str, Path]) -> None:
     from upcycle.data import fit_tokenizer
 
-    fit_tokenizer(config, documents, out)
+    fit_tokenizer(config, documents, out, run.advance)
 
 
 @versioned(1)
@@ -43,8 +44,8 @@ def tokenize_documents(
     """Token arrays of every split, and how much of the test split's n-grams the training split has too."""
     from upcycle.data import ngram_overlap, tokenize_domain
 
-    tokenize_domain(documents, tokenizer, out, num_proc)
-    overlap = ngram_overlap(out, out, OVERLAP_NGRAM)
+    tokenize_domain(documents, tokenizer, out, num_proc, run.advance)
+    overlap = ngram_overlap(out, out, OVERLAP_NGRAM, run.advance)
     write_json(out / "overlap.json", {"ngram": OVERLAP_NGRAM, "test_in_train": overlap})
     run.say(f"{OVERLAP_NGRAM}-gram overlap of test with train: {overlap:.2%}")
 
@@ -70,7 +71,7 @@ def import_model(config: None, *, out: Path, run: Run, path: str) -> None:
     """A checkpoint of the user's, copied into the store; its content is its key."""
     from upcycle.checkpoint import import_checkpoint
 
-    import_checkpoint(Path(path), out)
+    import_checkpoint(Path(path), out, run.advance)
 
 
 @versioned(1, together=True)
@@ -103,27 +104,72 @@ def _train_and_save(model, train_config, skip_tokens, data, tokenizer: Path, out
         shutil.copyfile(tokenizer / "assembly.json", out / "assembly.json")
 
 
-@versioned(1)
+@versioned(2)
 def merge_models(config: dict[str, Any], *, out: Path, run: Run, seed: Path, branches: dict[str, Path]) -> None:
     """One dense model from several. config: `method` (merge.METHODS), `include_seed`."""
     from upcycle.assembly import write_merged
 
-    write_merged(seed, branches, out, config["method"], config["include_seed"])
+    write_merged(seed, branches, out, config["method"], config["include_seed"], advance=run.advance)
 
 
-@versioned(1)
-def assemble_moe(config: AssembleConfig, *, out: Path, run: Run, seed: Path, branches: dict[str, Path]) -> None:
-    """Seed and branches as one mixture, proved against them."""
+@versioned(2)
+def assemble_moe(
+    config: AssembleConfig,
+    *,
+    out: Path,
+    run: Run,
+    seed: Path,
+    branches: dict[str, Path],
+    data: dict[str, Path] | None = None,
+) -> None:
+    """Seed and branches as one mixture, proved against them. data: of the domains that routers start from, if some do."""
     from upcycle.assembly import write_mixture
     from upcycle.families import is_listed
 
-    written = write_mixture(seed, branches, out, config, advance=run.advance)
+    written = write_mixture(seed, branches, out, config, advance=run.advance, data=data)
     if config.prove or not is_listed(written.seed):
         from upcycle.proof import prove
 
-        proof = prove(out, ({"seed": seed} if config.include_seed else {}) | branches)
+        proof = prove(out, {"seed": seed} | branches, run.advance)
         worst = max(proof["one_hot_errors"].values())
         run.say(
             f"proved: {proof['expert_tensors_hashed']} expert tensors are their branch's; each expert alone equals its "
             f"dense model within {worst:.1e}; gates sum to {proof['mean_gate_sum']:.3f} on average"
         )
+
+
+@versioned(1)
+def draw_moe(config: dict[str, Any], *, out: Path, run: Run, seed: Path) -> None:
+    """A mixture of the shape that assembling would give, every weight drawn at random. config: `assemble`, `branches`.
+
+    One dense model is drawn for each source, as a seed is before its training, and they are assembled: so experts differ,
+    and whatever is no expert is one model's draw, since an average of N draws would be √N too small. seed: its config and
+    tokenizer are read, no weights.
+    """
+    import json
+    from dataclasses import replace
+    from tempfile import TemporaryDirectory
+
+    choice = replace(config["assemble"], merge="seed")
+    with TemporaryDirectory(dir=out) as folder:
+        first, *others = [
+            _draw_dense(seed, Path(folder) / name, choice.rng_seed) for name in ("seed", *config["branches"])
+        ]
+        assemble_moe(choice, out=out, run=run, seed=first, branches={path.name: path for path in others})
+    made = json.loads((out / "assembly.json").read_text())
+    write_json(out / "assembly.json", made | {"drawn": True})
+
+
+def _draw_dense(like: Path, out: Path, rng_seed: int) -> Path:
+    """A dense model of the config and tokenizer of `like`, its weights drawn by the directory's name."""
+    import torch
+    from accelerate.utils import set_seed
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from upcycle.batches import run_key
+    from upcycle.directories import copy_companions
+
+    set_seed(run_key("scratch", rng_seed, out.name) % 2**32)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(like), dtype=torch.float32).save_pretrained(out)
+    copy_companions(like, out)
+    return out

@@ -32,11 +32,12 @@ from upcycle.team import ALONE, Team
 
 RECORD, TIMING = "stage.json", "timing.json"
 RESUMABLE = ("checkpoints", "metrics.jsonl", TIMING)  # what an interrupted attempt may leave to the next one
+FAILED = "failed.json"  # why the last attempt ended, if by an error
 LIBRARIES = ("upcycle", "torch", "transformers", "accelerate", "datasets", "numpy")
 
 
-def _ignore(*_args: object, **_kwargs: object) -> None:
-    return None
+def ignore(*_args: object, **_kwargs: object) -> None:
+    """For callers who want no progress."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,12 @@ class Run:
     """
 
     say: Callable[[str], None] = print
-    advance: Callable[..., None] = _ignore
-    record: Callable[[dict], None] = _ignore
+    advance: Callable[..., None] = ignore
+    record: Callable[[dict], None] = ignore
     checkpoint_steps: int | None = None
     checkpoint_seconds: float | None = 60.0
     keep_checkpoints: int = 1
-    saved: Callable[[], None] = _ignore
+    saved: Callable[[], None] = ignore
     team: Team = ALONE
 
 
@@ -198,17 +199,19 @@ class Store:
         run = replace(run, saved=clock.save) if leads else run
         try:
             artifact.function(artifact.config, out=partial, run=run, **artifact.outside, **inputs)
-        except BaseException:
+        except BaseException as error:
             if leads:
                 with suppress(OSError):  # a full disk must not hide why the stage failed
                     clock.save()
+                    if isinstance(error, Exception):
+                        write_json(partial / FAILED, {"error": f"{type(error).__name__}: {error}"})
             raise
         run.team.wait()
         if leads:
             clock.save()
             for path in partial.rglob("*"):
                 sync(path)
-            write_json(partial / RECORD, _record(artifact))
+            write_json(partial / RECORD, record_of(artifact))
 
     def _finish(self, artifact: Artifact) -> None:
         os.replace(artifact.partial, artifact.path)
@@ -278,7 +281,8 @@ def _key(function: Callable[..., None], config: Any, content: Any, inputs: Mappi
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def _record(artifact: Artifact) -> dict:
+def record_of(artifact: Artifact) -> dict[str, Any]:
+    """What an artifact is made from, and by what: its `stage.json`."""
     return {
         "stage": artifact.name,
         "function": artifact.function.__name__,
@@ -290,11 +294,11 @@ def _record(artifact: Artifact) -> dict:
     }
 
 
-@lru_cache(maxsize=1)
-def provenance() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide results, and the commit of this package's checkout."""
+@lru_cache(maxsize=2)
+def provenance(more: tuple[str, ...] = ()) -> dict[str, str]:
+    """Versions of Python, of the libraries that decide results and of `more`, and the commit of this package's checkout."""
     found = {"python": platform.python_version(), "commit": _commit()}
-    for library in LIBRARIES:
+    for library in LIBRARIES + more:
         try:
             found[library] = version(library)
         except PackageNotFoundError:

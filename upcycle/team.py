@@ -63,6 +63,13 @@ class Team:
         dist.all_gather_object(found, value, group=self.group)
         return found
 
+    def add(self, tensor: Any) -> None:
+        """Put into every rank's `tensor`, on the CPU, the sum of all of them."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.all_reduce(tensor, group=self.group)
+
     def wait(self) -> None:
         """Until every rank is here."""
         self.gather(None)

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,36 +27,41 @@ from upcycle.config import TrainConfig
 from upcycle.engine import PlainEngine
 from upcycle.engines import ENGINES
 from upcycle.families import language_model_head
+from upcycle.health import health_row, router_health
 from upcycle.losses import cross_entropy_sum, next_token_labels
 from upcycle.machine import matmul_peak_flops
 from upcycle.modeling import UpcycledForCausalLM
 from upcycle.optim import learning_rate, phase_at, plan_phases
-from upcycle.phases import check_ranks
-from upcycle.routing import RoutingTrace
+from upcycle.phases import check_experts, check_ranks, check_strategy
+from upcycle.router import Router, RoutingTrace
+from upcycle.slices import phase_masks
 from upcycle.snapshot import Snapshot, newest_snapshot, save_snapshot
 from upcycle.store import Run
 from upcycle.team import Team
 
 METRICS = "metrics.jsonl"
 SHARD_BYTES = 4_000_000_000
-DEAD_SHARE = 0.1  # an expert is called dead below this share of the uniform load
+BALANCED = 1e-6  # a gap of loads below this is rounding, whose sign depends on how the batch was split
 
 
 class Objective(nn.Module):
     """A causal LM and its training loss as sums over tokens; the module that Accelerate wraps."""
 
-    def __init__(self, model: PreTrainedModel, precision: str):
+    def __init__(self, model: PreTrainedModel, precision: str, domains: int):
         super().__init__()
-        self.model, self.precision = model, precision
+        self.model, self.precision, self.domains = model, precision, domains
         self.mixture = model if isinstance(model, UpcycledForCausalLM) else None
 
-    def forward(self, input_ids_BS: Tensor, targets: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, input_ids_BS: Tensor, domains_2B: Tensor, targets: Tensor, tokens: Tensor, step: int
+    ) -> dict[str, Tensor]:
         """`loss`, and detached: the sums it is made of and, for mixtures, router health.
 
-        targets, tokens: how many targets and tokens the whole optimizer step has, over all ranks and micro-batches.
+        domains_2B: the domain of each sequence, and one drawn for it (Batches.domains). targets, tokens: how many targets and tokens the whole optimizer step has, over all ranks and micro-batches.
+        step: optimizer steps taken before this one.
         """
         with torch.autocast(input_ids_BS.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            trace = RoutingTrace(input_ids_BS) if self.mixture else None
+            trace = RoutingTrace(step=step) if self.mixture else None
             extra = {"trace": trace} if trace else {}
             hidden = self.model.base_model(input_ids=input_ids_BS, use_cache=False, **extra).last_hidden_state
             labels = next_token_labels(input_ids_BS)
@@ -67,26 +73,31 @@ class Objective(nn.Module):
             for name, value in self.mixture.auxiliary_sums(trace, input_ids_BS).items():
                 parts[name] = value / tokens
                 loss = loss + self.mixture.auxiliary_coefficients[name] * parts[name]
-            parts |= _router_health(trace, share=input_ids_BS.numel() / tokens)
+            parts |= router_health(trace, self.mixture.config, input_ids_BS.numel() / tokens, domains_2B, self.domains)
         return {"loss": loss} | {name: part.detach() for name, part in parts.items()}
 
 
 @torch.no_grad()
-def _router_health(trace: RoutingTrace, share: Tensor) -> dict[str, Tensor]:
-    """Feed-forward load (L, E) and mean entropy of the routers' softmax in nats (L,), times this micro-batch's share."""
-    loads, entropies = [], []
-    for routing in trace.of("ffn"):
-        experts = routing.logits.shape[-1]
-        loads.append(torch.bincount(routing.experts.flatten(), minlength=experts) / routing.experts.numel())
-        log_probs = routing.logits.log_softmax(-1)
-        entropies.append(-(log_probs.exp() * log_probs).sum(-1).mean())
-    health = {"load": torch.stack(loads) * share, "ffn_entropy": torch.stack(entropies) * share}
-    if attention := trace.of("attention"):
-        gates = [routing.gates for routing in attention]
-        health["attention_entropy"] = (
-            torch.stack([-(g * g.clamp_min(1e-20).log()).sum(-1).mean() for g in gates]) * share
-        )
-    return health
+def move_biases(model: Any, totals: dict[str, Tensor], experts: list[int] | None = None) -> None:
+    """Balance by selection: b_e += γ · sign(mean load − load_e), once an optimizer step (arXiv:2408.15664, algorithm 1).
+
+    totals: the loads of the whole step, over ranks and micro-batches. A router whose weights do not train now is left alone;
+    experts: those whose biases move, None for all.
+    """
+    routers = {module.name: module for module in model.modules() if isinstance(module, Router)}
+    for name, router in routers.items():
+        whose = routers[router.logits_of] if router.logits_of else router
+        if router.bias is None or whose.weight is None or not whose.weight.requires_grad:
+            continue
+        part, layer = name.split(".")
+        load_E = totals["load" if part == "ffn" else "attention_load"][model.config.routed.index(int(layer))]
+        gap_E = load_E.mean() - load_E
+        gap_E[gap_E.abs() < BALANCED] = 0.0
+        step_E = router.rule.bias_rate * torch.sign(gap_E)
+        if experts is None:
+            router.bias += step_E
+        else:
+            router.bias[experts] += step_E[experts]
 
 
 @dataclass
@@ -96,6 +107,8 @@ class Loop:
     config: TrainConfig
     engine: PlainEngine
     batches: Batches
+    say: Callable[[str], None] = lambda text: None
+    experts: list[int] | None = None  # of the present phase
 
     def __post_init__(self):
         self.phases, self.team = plan_phases(self.config), self.engine.team
@@ -103,14 +116,23 @@ class Loop:
 
     def begin(self, step: int, saved: Snapshot | None) -> None:
         """Start, or go on with, the phase that `step` belongs to."""
-        self.engine.begin(phase_at(self.phases, step).config, saved)
+        phase = phase_at(self.phases, step).config
+        masks, shared = phase_masks(self.engine.model, phase)
+        if shared:
+            self.say(
+                f"experts={list(phase.experts)}: {len(shared)} tensors that all experts share train too ({shared[0]}, ...); "
+                "freeze them if the other experts are to stay as they are"
+            )
+        self.engine.begin(phase, saved, masks)
+        self.experts = [self.engine.model.config.experts.index(name) for name in phase.experts] or None
 
-    def micro_batches(self, step: int) -> list[Tensor]:
-        """This rank's share of the global batch, (b, S) at a time."""
-        batch = self.batches.batch(step)
-        share = len(batch) // self.team.size
-        mine = torch.from_numpy(batch[self.team.rank * share :][:share]).to(self.device)
-        return list(mine.split(self.config.micro_batch_sequences))
+    def micro_batches(self, step: int) -> list[tuple[Tensor, Tensor]]:
+        """This rank's share of the global batch, (b, S) at a time, and of each what Batches.domains says, (2, b)."""
+        batch, domains = self.batches.batch(step), self.batches.domains(step)
+        share, size = len(batch) // self.team.size, self.config.micro_batch_sequences
+        mine = slice(self.team.rank * share, (self.team.rank + 1) * share)
+        rows, whose = (torch.from_numpy(found).to(self.device) for found in (batch[mine], domains[:, mine]))
+        return list(zip(rows.split(size), whose.split(size, dim=1), strict=True))
 
     def step(self, step: int) -> dict[str, Tensor]:
         """One optimizer step; returns the step's loss parts, summed over micro-batches and ranks.
@@ -122,10 +144,10 @@ class Loop:
         tokens = torch.tensor(config.batch_tokens, device=self.device)
         totals: dict[str, Tensor] = {}
         micro_batches = self.micro_batches(step)
-        for number, rows in enumerate(micro_batches):
+        for number, (rows, domains) in enumerate(micro_batches):
             last = number == len(micro_batches) - 1
             with engine.micro_batch(last):
-                parts = engine.forward(rows, targets, tokens)
+                parts = engine.forward(rows, domains, targets, tokens, step)
                 engine.backward(parts["loss"], last)
             for name, part in parts.items():
                 totals[name] = totals.get(name, torch.zeros_like(part)) + part.detach()
@@ -133,13 +155,15 @@ class Loop:
         try:
             if not torch.isfinite(totals["loss"]):
                 raise FloatingPointError(f"loss {totals['loss'].item()}")
-            norm, routers = engine.step(learning_rate(config, self.phases, step))
+            norm, watched = engine.step(learning_rate(config, self.phases, step))
         except FloatingPointError as error:
             raise FloatingPointError(
                 f"step {step}, rank {self.team.rank}: {error}; nothing was updated and the last snapshot is kept. "
                 "Lower the learning rate or lengthen the warm-up"
             ) from None
-        return totals | {"gradient_norm": norm, "router_gradient_norm": routers}
+        move_biases(engine.model, totals, self.experts)
+        norms = {"router_gradient_norm": watched["router"], "expert_gradient_norm": watched["experts"]}
+        return totals | {"gradient_norm": norm} | norms
 
 
 def checkpointing_options(strategy: str) -> dict[str, Any]:
@@ -181,15 +205,18 @@ def train(
     for warning in batches.check(config.steps):
         run.say(warning)
     check_ranks(config, run.team.size)
+    check_strategy(config, run.team.strategy)
+    check_experts(config, getattr(model.config, "experts", []))
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable(checkpointing_options(run.team.strategy))
     model.train()
-    engine = ENGINES[run.team.strategy](Objective(model, config.precision), config, run.team)
+    engine = ENGINES[run.team.strategy](Objective(model, config.precision, len(batches.counts)), config, run.team)
     set_seed(config.rng_seed + run.team.rank)  # of dropout: ranks must not drop the same places
-    loop = Loop(config, engine, batches)
+    loop = Loop(config, engine, batches, run.say)
     snapshot = newest_snapshot(out / "checkpoints", run.team, run.say)
     if snapshot is not None:
         engine.load_weights(snapshot)
+        engine.load_buffers(snapshot)
         snapshot.restore_random_states(run.team)
         run.say(f"going on from step {snapshot.step} of {config.steps}")
     with _MetricsFile(out / METRICS, snapshot.step if snapshot else 0, run.team) as metrics:
@@ -213,6 +240,7 @@ def _run_steps(
         rate, last = config.batch_tokens / (now - last), now
         row = _row(totals, step, config, learning_rate(config, loop.phases, step))
         row |= {"tokens_per_second": rate, "peak_share": rate * train_flops_per_token / peak}
+        row["train_flops"] = row["tokens"] * train_flops_per_token
         metrics.write(row)
         run.record(row)
         run.advance(step + 1, config.steps, **row)
@@ -255,18 +283,10 @@ def write_trained(engine: PlainEngine, out: Path) -> None:
 
 
 def _row(totals: dict[str, Tensor], step: int, config: TrainConfig, rate: float) -> dict:
-    """One line of metrics.jsonl. Loss parts in nats a token; `dead_experts` and `largest_load` over all layers."""
+    """One line of metrics.jsonl. Loss parts in nats a token; of mixtures also `health_row`."""
     row = {"step": step + 1, "tokens": (step + 1) * config.batch_tokens, "lr": rate}
     row |= {name: value.item() for name, value in totals.items() if value.dim() == 0}
-    if "load" in totals:
-        load_LE = totals["load"]
-        row["load"] = [[round(share, 4) for share in layer] for layer in load_LE.tolist()]
-        row["largest_load"] = load_LE.max().item()
-        row["dead_experts"] = int((load_LE < DEAD_SHARE / load_LE.shape[1]).sum())
-        row["ffn_entropy"] = totals["ffn_entropy"].mean().item()
-    if "attention_entropy" in totals:
-        row["attention_entropy"] = totals["attention_entropy"].mean().item()
-    return row
+    return row | health_row(totals)
 
 
 class _MetricsFile:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -10,7 +10,21 @@ import torch
 from torch import Tensor
 
 from upcycle.config import PhaseConfig
-from upcycle.engine import MOMENTS, STEP, WEIGHT, Part, PlainEngine, Ranges, Saved, bytes_of, check_finite, cut, fill
+from upcycle.engine import (
+    MOMENTS,
+    NO_MASKS,
+    STEP,
+    WATCHED,
+    WEIGHT,
+    Part,
+    PlainEngine,
+    Ranges,
+    Saved,
+    bytes_of,
+    check_finite,
+    cut,
+    fill,
+)
 from upcycle.modeling import StackedExperts
 from upcycle.optim import build_optimizer, group_of, set_learning_rate, set_trainable
 from upcycle.team import Team
@@ -45,7 +59,8 @@ class ZeroEngine(PlainEngine):
         self.stage = int(self.team.strategy[-1])
         self.parked: list[Part] = []
 
-    def begin(self, phase: PhaseConfig, saved: Saved | None) -> None:
+    def begin(self, phase: PhaseConfig, saved: Saved | None, masks: Mapping[str, Tensor] = NO_MASKS) -> None:
+        assert not masks, "phases.check_strategy refuses them"
         from deepspeed import DeepSpeedEngine
         from deepspeed.utils import set_z3_leaf_modules
 
@@ -82,7 +97,7 @@ class ZeroEngine(PlainEngine):
         }
         self.accelerator.gradient_accumulation_steps = accumulated
 
-    def forward(self, *inputs: Tensor) -> dict[str, Tensor]:
+    def forward(self, *inputs: Any) -> dict[str, Tensor]:
         return self.engine(*inputs)
 
     def micro_batch(self, last: bool) -> Any:
@@ -93,27 +108,24 @@ class ZeroEngine(PlainEngine):
         if not last:
             self.engine.step()  # counts the micro-batch; updates nothing before the last one
 
-    def step(self, rate: float) -> tuple[Tensor, Tensor]:
+    def step(self, rate: float) -> tuple[Tensor, dict[str, Tensor]]:
         set_learning_rate(self.optimizer, rate)
-        squares = self._router_squares()
+        squares = self._squares()
         self.engine.step()
         norm = torch.as_tensor(float(self.engine.get_global_grad_norm()))
         check_finite(norm)
-        routers = sum(self.team.gather(squares)) ** 0.5
+        everyone = self.team.gather(squares)
         clipped = min(1.0, self.config.optimizer.clip_norm / (norm.item() + 1e-6))
-        return norm, torch.tensor(routers * clipped)
+        return norm, {group: torch.tensor(sum(one[group] for one in everyone) ** 0.5 * clipped) for group in WATCHED}
 
-    def _router_squares(self) -> float:
-        """Sum of squares of this rank's part of the routers' gradients, which are gone after the step."""
-        total = 0.0
+    def _squares(self) -> dict[str, float]:
+        """Of each of WATCHED, the sum of squares of this rank's part of its gradients, which are gone after the step."""
+        totals: dict[str, float] = dict.fromkeys(WATCHED, 0.0)
         for name, parameter in self.model.named_parameters():
-            if (
-                group_of(name) == "router"
-                and parameter.requires_grad
-                and (part := self._gradient(parameter)) is not None
-            ):
-                total += part.float().square().sum().item()
-        return total
+            group = group_of(name)
+            if group in WATCHED and parameter.requires_grad and (part := self._gradient(parameter)) is not None:
+                totals[group] += part.float().square().sum().item()
+        return totals
 
     def _gradient(self, parameter: Any) -> Tensor | None:
         if self.stage == 3:

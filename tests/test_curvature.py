@@ -1,0 +1,137 @@
+"""Curvature: statistics of a tiny model against autograd, exact enumeration of labels and exact Hessians."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests import reference
+from tests.domains import write_tokens
+from tests.tiny import dense_models
+from upcycle.batches import Batches
+from upcycle.config import CurvatureConfig
+from upcycle.curvature import linears, measure, sampled_labels, signs
+from upcycle.team import Team
+
+S = 6
+KINDS = ("fisher", "gram", "kfac", "hessian")
+SEEN = ("model.layers.0.self_attn.k_proj.weight", "model.layers.1.mlp.down_proj.weight", "model.norm.weight")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return {"low": write_tokens(tmp_path_factory.mktemp("domain") / "low", rng_seed=1)}
+
+
+@pytest.fixture(scope="module")
+def one_window(tmp_path_factory):
+    """A domain with a single window: every sequence is the same, and only the random numbers differ."""
+    root = tmp_path_factory.mktemp("one")
+    for part, values in (("tokens", np.arange(3, 3 + S)), ("offsets", [0, S]), ("bytes", [S])):
+        np.save(root / f"train.{part}.npy", np.asarray(values))
+    return {"low": root}
+
+
+def model_of(kind="llama"):
+    return dense_models(kind, 1, dtype=torch.float32)[0]
+
+
+def batches_of(data, rng_seed=1):
+    return Batches(data, {"low": 1.0}, S, 1, rng_seed, max_epochs=1e9)
+
+
+def measured(tmp_path, data, model=None, team=None, **changes):
+    config = CurvatureConfig(**dict(sequences=3, sequence_length=S, kinds=KINDS) | changes)
+    scratch = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+    scratch.mkdir()
+    more = {} if team is None else {"team": team}
+    found = measure(model or model_of(), batches_of(data), config, scratch, **more)
+    return {name: tensor.clone() for name, tensor in found.items()}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "family/gpt2"])
+def test_observed_labels_and_inputs_equal_autograd(tmp_path, data, kind):
+    model = model_of(kind)
+    found = measured(tmp_path, data, model, labels="observed", kinds=("fisher", "gram", "kfac"))
+    fisher, gram, factors = reference.curvature(
+        model.double(), [batches_of(data).batch(n)[0].tolist() for n in range(3)]
+    )
+    assert {n.removeprefix("fisher/") for n in found if n.startswith("fisher/")} == set(fisher)
+    for name, expected in fisher.items():
+        torch.testing.assert_close(found[f"fisher/{name}"].double(), expected, rtol=2e-3, atol=1e-6, msg=name)
+    assert len(gram) == sum(1 for _ in linears(model, 10**6)) > 3
+    for name, expected in gram.items():
+        torch.testing.assert_close(found[f"gram/{name}"].double(), expected, rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(found[f"kfac_in/{name}"], found[f"gram/{name}"])
+        torch.testing.assert_close(found[f"kfac_out/{name}"].double(), factors[name], rtol=2e-3, atol=1e-6, msg=name)
+
+
+def spread(tmp_path, data, chunks, exact, **changes):
+    """How many standard errors the mean of `chunks` measurements lies from `exact`, entry by entry, and that mean."""
+    every = [measured(tmp_path, data, rng_seed=seed, **changes) for seed in range(chunks)]
+    for name, expected in exact.items():
+        stacked = torch.stack([found[name].double() for found in every])
+        mean, error = stacked.mean(0), stacked.std(0) / chunks**0.5
+        yield name, (mean - expected).abs() / error.clamp_min(1e-12), mean
+
+
+@pytest.mark.slow
+def test_sampled_labels_are_the_fisher_within_three_standard_errors(tmp_path, one_window):
+    """Against all labels enumerated, each weighed by its probability; and the observed ones are far away."""
+    model = model_of()
+    exact, _, factors = reference.curvature(model.double(), [list(range(3, 3 + S))], enumerated=True)
+    wanted = {f"fisher/{name}": exact[name] for name in SEEN} | {f"kfac_out/{SEEN[0]}": factors[SEEN[0]]}
+    for name, errors, mean in spread(tmp_path, one_window, 20, wanted, sequences=25, kinds=("fisher", "kfac")):
+        assert (errors < 3).double().mean() > 0.97, name
+        assert mean.sum() == pytest.approx(float(wanted[name].sum()), rel=0.1)
+    observed = measured(tmp_path, one_window, labels="observed", kinds=("fisher",))
+    assert abs(observed[f"fisher/{SEEN[0]}"].sum() / exact[SEEN[0]].sum() - 1) > 0.2
+
+
+@pytest.mark.slow
+def test_probes_find_the_diagonal_of_the_hessian_within_three_standard_errors(tmp_path, one_window):
+    exact = reference.hessian_diagonal(model_of().double(), list(range(3, 3 + S)), (SEEN[2], SEEN[0]))
+    assert min(tensor.min() for tensor in exact.values()) < 0  # no Fisher has that
+    wanted = {f"hessian/{name}": tensor for name, tensor in exact.items()}
+    for name, errors, _ in spread(tmp_path, one_window, 20, wanted, sequences=20, kinds=("hessian",)):
+        assert (errors < 3).double().mean() > 0.97, name
+
+
+def test_two_ranks_measure_what_one_does(tmp_path, data):
+    class Half(Team):
+        def add(self, tensor):
+            pass
+
+    whole = measured(tmp_path, data, sequences=4)
+    halves = [measured(tmp_path, data, sequences=4, team=Half(rank=rank, size=2)) for rank in range(2)]
+    assert set(whole) == set(halves[0])
+    for name, tensor in whole.items():
+        torch.testing.assert_close(halves[0][name] + halves[1][name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+    again = measured(tmp_path, data, sequences=4, rng_seed=2)
+    assert not torch.equal(again[f"fisher/{SEEN[0]}"], whole[f"fisher/{SEEN[0]}"])
+    torch.testing.assert_close(again[f"gram/{SEEN[0]}"], whole[f"gram/{SEEN[0]}"])
+
+
+def test_large_linears_and_embeddings_have_no_factors(tmp_path, data):
+    model = model_of()
+    named = {name: (inside, outside) for name, _, inside, outside in linears(model, 10**6)}
+    assert named[SEEN[1]] == (model.config.intermediate_size, model.config.hidden_size)
+    found = measured(tmp_path, data, kinds=("gram",), largest_factor=model.config.hidden_size)
+    small = {name for name, sizes in named.items() if max(sizes) <= model.config.hidden_size}
+    assert {name.removeprefix("gram/") for name in found} == small < set(named)
+    for tied in (False, True):
+        gpt2 = dense_models("family/gpt2", 1, tie_word_embeddings=tied)[0]
+        assert ("lm_head.weight" in [name for name, *_ in linears(gpt2, 10**6)]) != tied
+
+
+def test_draws_follow_the_probabilities_and_signs_are_fair():
+    logits = torch.tensor([0.1, 0.2, 0.7]).log().repeat(3000, 1)
+    counts = sampled_labels(logits, 5, 0).bincount(minlength=3) / 3000
+    torch.testing.assert_close(counts, torch.tensor([0.1, 0.2, 0.7]), atol=0.03, rtol=0)
+    probe = signs(torch.Size([50, 41]), 5, 0)
+    assert set(probe.unique().tolist()) == {-1.0, 1.0} and abs(probe.mean()) < 0.08
+    assert not torch.equal(probe, signs(torch.Size([50, 41]), 5, 1))
+
+
+def test_batches_of_several_sequences_are_refused(tmp_path, data):
+    with pytest.raises(ValueError, match="single sequences, got batches of 2"):
+        measure(model_of(), Batches(data, {"low": 1.0}, S, 2, 1), CurvatureConfig(sequence_length=S), tmp_path)
