@@ -109,7 +109,9 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     team = join()
     for job in json.loads(Path(sys.argv[1]).read_text()):
-        run_job(job, team)
+        done = team.gather((Path(job["out"]) / "facts.json").exists())
+        if not any(done):  # else by processes before these
+            run_job(job, team)
     leave()
 
 

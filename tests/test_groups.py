@@ -18,6 +18,7 @@ import pytest
 from launch.branches import shares
 from launch.config import LaunchConfig
 from launch.groups import FILES, command, launch_file, processes_of, strategy_of, visible_gpus
+from tests.crashes import run_again_after_a_fault
 from tests.test_launch import ROOT, TINY, upcycle, weights
 from tests.test_ranks import free_port
 from upcycle.config import TrainConfig
@@ -32,7 +33,8 @@ GROUP = ["launch=accelerate", "launch.processes=2"]
 
 
 def environment(**changes: str) -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"} | changes
+    fixed = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONFAULTHANDLER": "1"}
+    return os.environ | fixed | changes
 
 
 def accelerate(
@@ -43,7 +45,8 @@ def accelerate(
         sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FILES / f"{config}.yaml"),
         "--num_processes", str(processes), *options, *arguments,
     ]  # fmt: skip
-    return subprocess.run(words, cwd=cwd, env=environment(**changes), capture_output=True, text=True, timeout=200)
+    settings = {"cwd": cwd, "env": environment(**changes), "capture_output": True, "text": True, "timeout": 200}
+    return run_again_after_a_fault(lambda: subprocess.run(words, **settings))
 
 
 # What the settings mean ----------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.crashes import run_again_after_a_fault
 from tests.domains import two_domains
 from tests.ranks import run_job
 from tests.tables import assert_table
@@ -154,7 +155,7 @@ def jobs(root: Path, strategy: str) -> list[dict]:
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
 
 
 def launcher(config: str, processes: int, options: list[str], file: Path) -> list[str]:
@@ -166,11 +167,13 @@ def launcher(config: str, processes: int, options: list[str], file: Path) -> lis
 
 
 def launch(jobs: list[dict], root: Path, strategy: str, options: list[str] | None = None, processes: int = 2) -> None:
-    """Two processes do the jobs."""
+    """Two processes do the jobs; those that are done stay so if a fault ends one of them."""
     file = root / f"{strategy}-{len(list(root.glob('*.json')))}.json"
     file.write_text(json.dumps(jobs))
     words = launcher(strategy, processes, options or [], file)
-    done = subprocess.run(words, env=environment(), cwd=root, capture_output=True, text=True, timeout=400)
+    done = run_again_after_a_fault(
+        lambda: subprocess.run(words, env=environment(), cwd=root, capture_output=True, text=True, timeout=400)
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
 
 
