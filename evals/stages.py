@@ -71,7 +71,7 @@ def greedy_soup(
 
     from evals.perplexity import evaluate
     from evals.soups import greedy, mean_nats
-    from upcycle.assembly import write_merged
+    from upcycle.dense_merge import write_merged
 
     trial, team = out / "trial", run.team
     trials, tried = 2 * len(branches) + 1, 0  # every model alone, then each of the others beside those that are kept
@@ -80,9 +80,8 @@ def greedy_soup(
         run.advance(tried * total + done, trials * total, doing=doing)
 
     def merge(names: tuple[str, ...], where: Path) -> None:
-        write_merged(
-            seed, {name: branches[name] for name in names if name != "seed"}, where, "average", "seed" in names
-        )
+        others = {name: branches[name] for name in names if name != "seed"}
+        write_merged(seed, others, where, include_seed="seed" in names, report=False)
 
     def nats(names: tuple[str, ...]) -> float:
         if team.leads:

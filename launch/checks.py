@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from evals.suites import check_tasks
+from launch.merges import check_merges, reads
 from upcycle.config import SeedConfig, TrainConfig, nearest
 from upcycle.cost import Shape, placed
 from upcycle.directories import read_config, resolve, weight_files
@@ -36,20 +37,21 @@ def check(cfg: Config) -> None:
     _check_checkpoint("seed.path", cfg.seed.path)
     for name, branch in cfg.branches.items():
         _check_checkpoint(f"branches.{name}.path", branch.path)
+    members = {name: _check_experts(cfg, name, mixture) for name, mixture in cfg.mixtures.items()}
+    check_merges(cfg, members)
     _check_positions(cfg)
-    for name, mixture in cfg.mixtures.items():
-        _check_experts(cfg, name, mixture)
-    if cfg.out is not None and len(cfg.mixtures) != 1:
-        names = ", ".join(cfg.mixtures) or "none"
+    models = [*cfg.mixtures, *cfg.merges]
+    if cfg.out is not None and len(models) != 1:
+        names, what = ", ".join(models) or "none", "mixtures and merges" if cfg.merges else "mixtures"
         raise ValueError(
-            f"out={cfg.out}: this experiment makes {len(cfg.mixtures)} mixtures ({names}), expected exactly one to "
+            f"out={cfg.out}: this experiment makes {len(models)} {what} ({names}), expected exactly one to "
             "copy there; leave out= out and take them from the store"
         )
 
 
 def _check_names(cfg: Config) -> None:
     taken = dict.fromkeys(OWN_NAMES, "a model of every report")
-    for where, names in (("branches", cfg.branches), ("mixtures", cfg.mixtures)):
+    for where, names in (("branches", cfg.branches), ("merges", cfg.merges), ("mixtures", cfg.mixtures)):
         for name in names:
             if name in taken:
                 raise ValueError(
@@ -209,6 +211,8 @@ def _check_positions(cfg: Config) -> None:
         return
     windows = {where: train.sequence_length for where, train in cfg.runs().items()}
     windows |= {"eval": cfg.eval.sequence_length} if cfg.domains else {}
+    merges = [*cfg.merges.values(), *(one.assemble.merge for one in cfg.mixtures.values())]
+    windows |= {"curvature": cfg.curvature.sequence_length} if any(reads(one, ["seed"]) for one in merges) else {}
     for where, length in windows.items():
         if length > positions:
             raise ValueError(
@@ -217,7 +221,8 @@ def _check_positions(cfg: Config) -> None:
             )
 
 
-def _check_experts(cfg: Config, name: str, mixture: MixtureConfig) -> None:
+def _check_experts(cfg: Config, name: str, mixture: MixtureConfig) -> list[str]:
+    """The models that have experts: all, where a config.json that leaves its sizes to its class does not tell."""
     if not cfg.branches:
         raise ValueError(
             f"mixtures.{name} has no branch to be made of, expected at least one; give it as branches.NAME.path=DIR "
@@ -227,8 +232,8 @@ def _check_experts(cfg: Config, name: str, mixture: MixtureConfig) -> None:
     _check_router_phases(name, mixture)
     try:
         found = placed(seed_shape(cfg.seed), choice, list(cfg.branches))
-    except KeyError:  # a config.json that leaves its sizes to its class: assembly will see
-        return
+    except KeyError:  # assembly will see
+        return ["seed", *cfg.branches]
     except ValueError as error:
         raise ValueError(f"mixtures.{name}.assemble.{error}") from None
     try:
@@ -246,6 +251,7 @@ def _check_experts(cfg: Config, name: str, mixture: MixtureConfig) -> None:
                 f"mixtures.{name}.assemble.{where}.top_k={top_k} exceeds the {len(names)} experts ({shown}); "
                 "lower top_k or add a branch"
             )
+    return list(found.models)
 
 
 def _check_router_phases(name: str, mixture: MixtureConfig) -> None:

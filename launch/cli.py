@@ -15,7 +15,7 @@ upcycle stage=branch/code      one stage only
 upcycle tokens=50M             that many for branches and mixture together; budget=2h: as many as that time is enough for
 upcycle -m key=a,b ...         a sweep; runs share every artifact they can
 upcycle status [RUN ...]       the runs here and how far they are
-upcycle explain DIR            what each tensor of a mixture came from, its routers, its size; --all, --json
+upcycle explain DIR            what each tensor of a mixture came from, its routers, its size; how a merged model was merged; --all, --json
 upcycle doctor DIR|RUN         what is wrong with a mixture, in training too, and what to do about it; --json, --prove
 upcycle report [RUN ...]       print a run's table again; --readme writes it into README.md; of several runs also what they say
                                of the models they share; --html=OUT.html
@@ -85,10 +85,15 @@ def explain(arguments: list[str]) -> int:
         print(f"upcycle: explain: got {got}, expected DIR [--all] [--json]", file=sys.stderr)
         return 2
     import json
+    from pathlib import Path
 
     from upcycle.explain import explain as read
+    from upcycle.merged import RECORD, is_merged, merge_in_words
 
     try:
+        if is_merged(where := Path(paths[0])):
+            print((where / RECORD).read_text() if "--json" in options else merge_in_words(where, "--all" in options))
+            return 0
         found = read(paths[0])
     except (ValueError, OSError) as error:
         print(f"upcycle: {error}", file=sys.stderr)

@@ -22,8 +22,10 @@ from upcycle.config import (
     EvalConfig,
     SeedConfig,
     TasksConfig,
+    TextsConfig,
     TrainConfig,
 )
+from upcycle.merge_config import MergeConfig
 from upcycle.mistakes import in_words
 from upcycle.mixture_config import MixtureConfig
 
@@ -36,8 +38,9 @@ class Config:
     """A whole run. `plan`: print the stages and stop. `stage`: compute only that one.
 
     `dense`: one model on the tokens of branches and mixture, `dense_compute`: on as many FLOPs. `match_to`: the mixture that
-    others are matched to (None: the first trained one). `btm`: seed and branches as an ensemble. `tokens`: what all branches
-    and mixtures were given, if it was said so (launch.budget). `out`: where the one mixture is copied to. `dry_run`: print
+    others are matched to (None: the first trained one). `btm`: seed and branches as an ensemble. `merges`: dense models of seed
+    and branches, each by its own method, and `curvature`, on what the statistics that merges read are measured. `tokens`: what all branches
+    and mixtures were given, if it was said so (launch.budget). `out`: where the one mixture or merged model is copied to. `dry_run`: print
     what the mixtures would be and stop. `ablation`: measure what each expert is worth; None does not.
     """
 
@@ -61,6 +64,8 @@ class Config:
     match_to: str | None = None
     btm: EnsembleConfig | None = None
     greedy_soup: bool = False
+    merges: dict[str, MergeConfig] = Field(default_factory=dict)
+    curvature: TextsConfig = TextsConfig()
     tokens: int | None = None
     out: str | None = None
     dry_run: bool = False
@@ -112,6 +117,8 @@ def build(raw: dict[str, Any]) -> Config:
     for key, items in own.items():
         if not isinstance(items, dict):
             raise ValueError(f"{key}={items}: expected settings by name; give each as {key}.NAME.KEY=VALUE")
+    if (one := raw.pop("merge", None)) is not None:
+        raw["merges"] = {"merged": one} | (raw.get("merges") or {})
     raw["dry_run"] = shared["assemble"].pop("dry_run", False)
     _check_shared_assembly(shared["assemble"], own["mixtures"])
     raw["branches"] = {name: _branch(name, item, shared["branch"]) for name, item in own["branches"].items()}
@@ -194,6 +201,7 @@ def _dense(name: str, dense: dict, shared: dict[str, dict]) -> dict:
 
 def _as_written(line: str, own: dict[str, dict], shared: dict[str, dict]) -> str:
     """A message about mixtures.NAME.train.KEY, as one about the key that the user wrote: mix.KEY, if it came from there."""
+    line = re.sub(r"^merges\.merged\b", "merge", line)
     found = re.match(r"(branches|mixtures)\.([^.]+)\.(train|assemble)(?:\.(\w+(?:\.\w+)*))?(?!\w)", line)
     if found is None or (found[1], found[3]) not in SHARED:
         return line

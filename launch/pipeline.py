@@ -37,9 +37,10 @@ from launch.overrides import CONF, check_package, explained, own_arguments, rewr
 from launch.plan import check_sources, check_texts, print_dry_run, print_plan, train_of
 from launch.recipes import Experiment, upcycle
 from upcycle.config import nearest
-from upcycle.directories import check_room
+from upcycle.directories import check_new, check_room
 from upcycle.durable import atomic_directory, write_json
 from upcycle.explain import explain
+from upcycle.merged import is_merged, merge_in_words
 from upcycle.phases import check_ranks, check_strategy
 from upcycle.store import RECORD, Artifact, Run, Store
 from upcycle.team import Team, in_group, leave
@@ -127,9 +128,9 @@ def _plan_or_make(cfg: Config, out: Path, team: Team, console: Console, budget: 
     if experiment.report is not None and experiment.report.finished:
         show_report(experiment.report, out, console)
     if experiment.report is None or cfg.out is not None:
-        for name, mixture in experiment.mixtures.items():
-            if mixture.finished:
-                deliver(name, mixture, cfg.out, console)
+        for name, model in (experiment.mixtures | experiment.merges).items():
+            if model.finished:
+                deliver(name, model, cfg.out, console)
 
 
 def _prepare_environment() -> None:
@@ -230,38 +231,38 @@ def _drop_empty(out: Path) -> None:
 
 
 def check_destination(cfg: Config, experiment: Experiment) -> None:
-    """Raises ValueError: `out` cannot be written to, or has something in it that is not this very mixture."""
+    """Raises ValueError: `out` cannot be written to, or has something in it that is not this very model."""
     if cfg.out is None:
         return
-    (mixture,) = experiment.mixtures.values()
+    (model,) = (experiment.mixtures | experiment.merges).values()
     out = Path(cfg.out).expanduser()
-    if _holds(out, mixture):
+    if _holds(out, model):
         return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"out={out} exists already and is not an empty directory; name one that is, or a new one")
+    check_new(out)
     check_room(out)
 
 
-def _holds(out: Path, mixture: Artifact) -> bool:
-    """Whether an earlier run has put this mixture there."""
+def _holds(out: Path, model: Artifact) -> bool:
+    """Whether an earlier run has put this model there."""
     import json
 
     try:
-        return json.loads((out / RECORD).read_text())["key"] == mixture.key
+        return json.loads((out / RECORD).read_text())["key"] == model.key
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def deliver(name: str, mixture: Artifact, destination: str | None, console: Console) -> None:
-    """Say where a mixture is and what it is; copy it to its destination, whole or not at all."""
-    where = mixture.path
+def deliver(name: str, model: Artifact, destination: str | None, console: Console) -> None:
+    """Say where a mixture or merged model is and what it is; copy it to its destination, whole or not at all."""
+    where = model.path
     if destination is not None:
         where = Path(destination).expanduser()
-        if not _holds(where, mixture):
-            check_room(where, sum(path.stat().st_size for path in mixture.path.iterdir() if path.is_file()))
+        if not _holds(where, model):
+            check_room(where, sum(path.stat().st_size for path in model.path.iterdir() if path.is_file()))
             with atomic_directory(where) as partial:
-                shutil.copytree(mixture.path, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoints"))
-    console.print(explain(where).summary(), highlight=False, markup=False, soft_wrap=True)
+                shutil.copytree(model.path, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoints"))
+    said = merge_in_words(where) if is_merged(where) else explain(where).summary()
+    console.print(said, highlight=False, markup=False, soft_wrap=True)
     console.print(f"\n{name}: {where}", highlight=False, markup=False, soft_wrap=True)
 
 

@@ -13,7 +13,7 @@ from launch.lineage import Lineage, train_flops
 from launch.recipes import Experiment
 from upcycle.config import TrainConfig
 from upcycle.explain import check_family, explain_plan
-from upcycle.stages import assemble_moe, draw_moe, import_model, prepare_seed, train_model
+from upcycle.stages import assemble_moe, draw_moe, import_model, merge_models, prepare_seed, train_model
 from upcycle.store import Artifact
 
 
@@ -67,7 +67,7 @@ def print_plan(experiment: Experiment, console: Console) -> None:
 
 
 def sources(assembly: Artifact) -> dict[str, Path]:
-    """The checkpoints of a mixture that are there already, the seed first: brought along, or made by an earlier run."""
+    """The checkpoints of a mixture or merge that are there already, the seed first: brought along, or made by an earlier run."""
     found = {}
     for name, stage in {"seed": assembly.inputs["seed"], **assembly.inputs["branches"]}.items():
         if stage.function is import_model:
@@ -82,16 +82,19 @@ def check_sources(stages: list[Artifact], console: Console) -> None:
 
     Raises ValueError: see `assembly.write_mixture`.
     """
-    for assembly in (stage for stage in stages if stage.function is assemble_moe and not stage.finished):
-        found = sources(assembly)
+    for assembly in (
+        stage for stage in stages if stage.function in (assemble_moe, merge_models) and not stage.finished
+    ):
+        found, mixture = sources(assembly), assembly.function is assemble_moe
         new = [stage for stage in assembly.parents() if stage.function is import_model and not stage.finished]
         if "seed" not in found:
             continue
-        check_family(found["seed"], list(assembly.inputs["branches"]), assembly.config)
+        if mixture:
+            check_family(found["seed"], list(assembly.inputs["branches"]), assembly.config)
         if not new or len(found) < 2:
             continue
         seed, branches = found.pop("seed"), found
-        if len(branches) == len(assembly.inputs["branches"]):
+        if mixture and len(branches) == len(assembly.inputs["branches"]):
             planned = explain_plan(seed, branches, assembly.config)
             notes, kinship = planned.notes, planned.kinship
         else:

@@ -20,12 +20,14 @@ from launch.checks import dense_runs, seed_shape
 from launch.config import Config, plain
 from launch.lineage import Lineage, add, consumed, together
 from launch.matching import matched, reference_name
+from launch.merges import Curvature, curvature_stages
 from upcycle.config import ContinuationsConfig, TrainConfig
 from upcycle.cost import placed
 from upcycle.directories import fingerprint as model_fingerprint
 from upcycle.directories import resolve
 from upcycle.documents import fingerprint
 from upcycle.init_texts import domains_needed, sources_of
+from upcycle.merge_config import MergeConfig
 from upcycle.stages import (
     assemble_moe,
     collect_documents,
@@ -43,11 +45,13 @@ from upcycle.store import Artifact, Store
 @dataclass
 class Experiment:
     """The stages of a run in order (`store.stages`), every model's lineage by stage name, the mixtures as they end up
-    (trained, if they are), and the report's stage; without domains there is nothing to measure on, and no report."""
+    (trained, if they are), the merged dense models, and the report's stage; without domains there is nothing to measure on,
+    and no report."""
 
     store: Store
     lineages: dict[str, Lineage]
     mixtures: dict[str, Artifact]
+    merges: dict[str, Artifact]
     report: Artifact | None
 
 
@@ -72,9 +76,17 @@ def upcycle(cfg: Config, store: Store) -> Experiment:
         models[name], kinds[name] = branches[name], "branch"
 
     if cfg.soup:
-        settings = {"method": "average", "include_seed": True}
-        models["soup"] = store.stage("soup", merge_models, settings, seed=seed, branches=branches)
-        kinds["soup"], lineages["soup"] = "soup", _followed(_together(cfg, lineages), "soup")
+        models["soup"] = store.stage("soup", merge_models, MergeConfig(), seed=seed, branches=branches)
+        kinds["soup"], lineages["soup"] = "soup", _followed(_together(cfg, lineages), ["soup"])
+
+    curvature = Curvature(cfg, store, {"seed": seed} | branches, data)
+    for name, merge in cfg.merges.items():
+        found = curvature.read_by(merge, ["seed", *branches])
+        models[name] = store.stage(f"merge/{name}", merge_models, merge, seed=seed, branches=branches, **found)
+        kinds[name] = "merge"
+        lineages[name] = _followed(
+            _together(cfg, lineages), *curvature_stages(merge, ["seed", *branches]), [f"merge/{name}"]
+        )
 
     if cfg.greedy_soup:
         chosen = replace(cfg.eval, split="valid", bootstrap_samples=0)  # never the split that it is measured on
@@ -82,14 +94,14 @@ def upcycle(cfg: Config, store: Store) -> Experiment:
         models["greedy_soup"] = store.stage(
             "greedy_soup", greedy_soup, chosen, seed=seed, branches=branches, data=trained
         )
-        kinds["greedy_soup"], lineages["greedy_soup"] = "soup", _followed(_together(cfg, lineages), "greedy_soup")
+        kinds["greedy_soup"], lineages["greedy_soup"] = "soup", _followed(_together(cfg, lineages), ["greedy_soup"])
 
     if cfg.btm is not None:
         kinds["btm"], lineages["btm"] = "ensemble", replace(_together(cfg, lineages), copies=1 + len(cfg.branches))
 
     reference = _reference(cfg, lineages)
     for name, mixture in cfg.mixtures.items():
-        assembled = _assembled(cfg, store, name, seed, branches, data)
+        assembled = _assembled(cfg, store, name, seed, branches, data, curvature)
         start, train, skip = _before_training(cfg, name, lineages), mixture.train, used
         models[name], kinds[name], lineages[name] = assembled, mixture.kind, start
         if train is not None and mixture.match != "none":
@@ -103,12 +115,18 @@ def upcycle(cfg: Config, store: Store) -> Experiment:
         models[name] = _train(store, name, train, seed_used, seed, data)
         kinds[name], lineages[name] = "dense", lineages["seed"].trained(train, [name])
 
-    mixtures = {name: models[name] for name in cfg.mixtures}
-    return Experiment(store, lineages, mixtures, _measured(cfg, store, models, kinds, lineages, data))
+    mixtures, merges = ({name: models[name] for name in names} for names in (cfg.mixtures, cfg.merges))
+    return Experiment(store, lineages, mixtures, merges, _measured(cfg, store, models, kinds, lineages, data))
 
 
 def _assembled(
-    cfg: Config, store: Store, name: str, seed: Artifact, branches: dict[str, Artifact], data: dict[str, Artifact]
+    cfg: Config,
+    store: Store,
+    name: str,
+    seed: Artifact,
+    branches: dict[str, Artifact],
+    data: dict[str, Artifact],
+    curvature: Curvature,
 ) -> Artifact:
     """A mixture as assembled; the domains that its routers start from, if they do, are inputs too. One from scratch takes
     the seed's config and tokenizer, and no weights."""
@@ -118,7 +136,8 @@ def _assembled(
         return store.stage(f"assemble/{name}", draw_moe, drawn, seed=seed)
     domains = domains_needed(choice, sources_of(choice, branches), cfg.trained_domains)
     texts = {"data": {domain: data[domain] for domain in domains}} if domains else {}
-    return store.stage(f"assemble/{name}", assemble_moe, choice, seed=seed, branches=branches, **texts)
+    found = curvature.read_by(choice.merge, placed(seed_shape(cfg.seed), choice, list(branches)).models)
+    return store.stage(f"assemble/{name}", assemble_moe, choice, seed=seed, branches=branches, **texts, **found)
 
 
 def _measured(
@@ -252,17 +271,19 @@ def _before_training(cfg: Config, name: str, lineages: Mapping[str, Lineage]) ->
     if cfg.mixtures[name].scratch:
         return Lineage(seed.assembled(choice, list(cfg.branches)), stages=[[f"assemble/{name}"]])
     models = placed(seed, choice, list(cfg.branches)).models
+    measured = curvature_stages(choice.merge, models)
     start = together(lineages["seed"], {one: lineages[one] for one in cfg.branches if one in models})
-    return _followed(replace(start, shape=seed.assembled(choice, list(cfg.branches))), f"assemble/{name}")
+    shape = seed.assembled(choice, list(cfg.branches))
+    return _followed(replace(start, shape=shape), *measured, [f"assemble/{name}"])
 
 
 def _together(cfg: Config, lineages: Mapping[str, Lineage]) -> Lineage:
     return together(lineages["seed"], {name: lineages[name] for name in cfg.branches})
 
 
-def _followed(lineage: Lineage, stage: str) -> Lineage:
-    """The lineage after a stage that trains nothing."""
-    return replace(lineage, stages=[*lineage.stages, [stage]])
+def _followed(lineage: Lineage, *stages: list[str]) -> Lineage:
+    """The lineage after stages that train nothing; those of one list can run side by side."""
+    return replace(lineage, stages=[*lineage.stages, *stages])
 
 
 def _reference(cfg: Config, lineages: Mapping[str, Lineage]) -> Lineage | None:

@@ -16,8 +16,9 @@ import upcycle
 from tests import reference
 from tests.tiny import dense_models, routers_of, tokens
 from upcycle import merge, routing
-from upcycle.assembly import plan_pieces, write_merged, write_mixture
+from upcycle.assembly import plan_pieces, write_mixture
 from upcycle.checkpoint import Checkpoint
+from upcycle.dense_merge import write_merged
 from upcycle.mixture_config import AssembleConfig
 from upcycle.modeling import UpcycledForCausalLM
 from upcycle.proof import prove
@@ -148,7 +149,7 @@ def test_drawn_routers_depend_on_name_and_rng_seed_only():
 def test_soup_is_the_average(sources, tmp_path):
     (tmp_path / "soup").mkdir()
     branches = {name: path for name, path in sources.items() if name != "seed"}
-    write_merged(sources["seed"], branches, tmp_path / "soup", "average", include_seed=True)
+    write_merged(sources["seed"], branches, tmp_path / "soup")
     soup, parts = Checkpoint(tmp_path / "soup"), [Checkpoint(path) for path in sources.values()]
     for name in soup.names:
         expected = reference.weighted_average([part.get(name) for part in parts])
@@ -291,8 +292,8 @@ def test_proof_fails_when_gates_break_their_promise(sources, tmp_path, monkeypat
 
 @pytest.mark.parametrize("wrong", [sum, lambda tensors: tensors[-1].float()])
 def test_proof_fails_when_the_rest_is_not_the_average(sources, tmp_path, monkeypatch, wrong):
-    of_merging = lambda merging: wrong([member.tensor for member in merging.members.values()])  # noqa: E731
-    monkeypatch.setitem(merge.METHODS, "average", of_merging)
+    of_merging = lambda merging: wrong([member.tensor.float() for member in merging.members.values()])  # noqa: E731
+    monkeypatch.setitem(merge.METHODS, "average", merge.Method(of_merging, "wrong"))
     assemble(sources, tmp_path / "moe")
     with pytest.raises(ValueError, match="is not the average of"):
         prove(tmp_path / "moe", sources)

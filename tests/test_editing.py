@@ -13,9 +13,10 @@ import upcycle
 from launch.cli import WORDS
 from tests.tiny import assert_same_tensors, dense_models, routers_of, tokens
 from upcycle import dense, editing, edits
-from upcycle.assembly import write_merged, write_mixture
+from upcycle.assembly import write_mixture
 from upcycle.checkpoint import Checkpoint, CheckpointWriter
 from upcycle.configuration import UpcycledConfig
+from upcycle.dense_merge import write_merged
 from upcycle.explain import explain
 from upcycle.families import family_of
 from upcycle.mixture_config import AssembleConfig, PlacementConfig
@@ -316,7 +317,7 @@ def test_the_merge_of_all_experts_is_the_mean_of_each_as_a_dense_model(sources, 
 def test_the_merge_of_a_fresh_mixture_is_the_soup(sources, tmp_path):
     made = sources("gpt_neox")
     (tmp_path / "soup").mkdir()
-    write_merged(made["seed"], {name: made[name] for name in NAMES[1:3]}, tmp_path / "soup", "average", True)
+    write_merged(made["seed"], {name: made[name] for name in NAMES[1:3]}, tmp_path / "soup")
     upcycle.to_dense(assembled(made, tmp_path / "moe", **CHOICES["bam"]), tmp_path / "dense")
     soup, dense = Checkpoint(tmp_path / "soup"), Checkpoint(tmp_path / "dense")
     assert soup.names == dense.names and all(torch.equal(soup.get(name), dense.get(name)) for name in soup.names)

@@ -18,17 +18,18 @@ LEVELS = {
     "config": 0, "durable": 0, "families": 0, "kinds": 0, "losses": 0, "machine": 0, "merging": 0, "programs": 0,
     "batches": 0, "kernels": 0, "team": 0, "vocabulary": 0,
     "corpora": 1, "explanation": 1, "directories": 1, "mistakes": 1, "phases": 1, "placement_config": 1, "plans": 1,
-    "router_config": 1, "routing": 1, "store": 1, "task_vectors": 1,
-    "card": 2, "curvature_merging": 2, "merge_report": 2, "router": 2, "checkpoint": 2, "configuration": 2, "documents": 2, "mixture_config": 2, "optim": 2,
+    "merge_config": 1, "router_config": 1, "routing": 1, "store": 1, "task_vectors": 1,
+    "card": 2, "curvature_merging": 2, "merged": 2, "roles": 2, "merge_report": 2, "router": 2, "checkpoint": 2, "configuration": 2, "documents": 2, "mixture_config": 2, "optim": 2,
     "attention": 3, "curvature": 3, "data": 3, "experts": 3, "health": 3, "init_texts": 3, "merge": 3, "preflight": 3, "relatedness": 3, "router_init": 3,
-    "cost": 4, "modeling": 4, "shards": 4,
-    "pieces": 5, "text_rows": 5,
+    "cost": 4, "merger": 4, "modeling": 4, "shards": 4,
+    "dense_merge": 5, "pieces": 5, "text_rows": 5,
     "adoption": 6, "dense_reference": 6, "edits": 6, "slices": 6,
     "assembly": 7, "engine": 7, "native": 7, "proof": 7,
     "explain": 8, "sharded": 8, "snapshot": 8, "zero": 8,
     "editing": 8, "engines": 9, "api": 9, "dense": 9, "exporting": 9,
     "train": 10,
     "stages": 11,
+    "merge_api": 12,
 }  # fmt: skip
 REMOTE_CODE = {
     "modeling",
@@ -135,7 +136,7 @@ def test_every_experiment_composes(name, tmp_path):
     from upcycle.store import Store
 
     overrides = [f"experiment={name}"]
-    if name == "bring_your_own":  # it has no checkpoints of its own
+    if name in ("bring_your_own", "merge"):  # they have no checkpoints of their own
         dense_models("llama", 1)[0].save_pretrained(tmp_path / "A")
         overrides += [f"seed.path={tmp_path / 'A'}", f"++branches.code.path={tmp_path / 'A'}"]
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):

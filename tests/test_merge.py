@@ -84,8 +84,8 @@ def twin(name: str, merging: Merging, options: dict) -> list[float]:
         return reference.fisher(models, statistic["fisher"], norms, chosen["floor"])
     if name == "gradient_matching":
         branches = [(who, m) for who, m in present if who != "seed"]
-        hessians = [reference.entries_of(m.statistics["hessian"]) for _, m in branches]
-        start = reference.entries_of(merging.seed.statistics["hessian"])
+        hessians = [reference.entries_of(m.statistics[chosen["curvature"]]) for _, m in branches]
+        start = reference.entries_of(merging.seed.statistics[chosen["curvature"]])
         return reference.gradient_matching(flat(branches), hessians, seed, start, chosen["alpha"], chosen["damping"])
     if name == "regmean":
         turned = [(m.weight, rows(m.tensor.T)) for _, m in present]
@@ -121,7 +121,7 @@ CASES = [
     ("dare_ties", {"drop": 0.5}), ("dare_ties", {"drop": 0.3, "scale": 0.5, "rng_seed": 3}),
     ("fisher", {}), ("fisher", {"normalise": False, "floor": 0.5}),
     ("regmean", {}), ("regmean", {"off_diagonal": 0.1, "ridge": 0.2}), ("regmean", {"off_diagonal": 1.0}),
-    ("gradient_matching", {}), ("gradient_matching", {"alpha": 0.5, "damping": 0.2}),
+    ("gradient_matching", {}), ("gradient_matching", {"curvature": "hessian", "alpha": 0.5, "damping": 0.2}),
     ("mats", {"curvature": "identity"}), ("mats", {"curvature": "fisher"}), ("mats", {"curvature": "gram"}),
     ("mats", {}), ("mats", {"off_diagonal": 0.5}),
 ]  # fmt: skip
@@ -327,7 +327,9 @@ def test_task_arithmetic_errs_as_predicted_on_quadratic_losses():
     predicted = task_arithmetic_error(pull, gradients, {"a": 1.0, "b": 1.0})
     torch.testing.assert_close(predicted, target - merged, rtol=1e-4, atol=1e-5)
     members = {n: Member(own[n], 1.0, {"hessian": h[n]}) for n in "ab"}
-    matched = METHODS["gradient_matching"](Merging("t", members, Member(seed, 1.0, {"hessian": pull})))
+    matched = METHODS["gradient_matching"](
+        Merging("t", members, Member(seed, 1.0, {"hessian": pull})), curvature="hessian"
+    )
     torch.testing.assert_close(matched, target, rtol=1e-4, atol=1e-5)  # exact where losses are quadratic
 
 

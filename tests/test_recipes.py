@@ -179,7 +179,7 @@ def test_training_text_that_routers_start_from_is_an_input_of_the_assembly():
 def test_frankenmoe_is_one_override_away():
     stages = declared("experiment=demo", "+assemble@mixtures.x.assemble=frankenmoe_hidden").store.stages
     choice = stages["assemble/x"].config
-    assert choice.merge == "seed" and not choice.router.trained and choice.router.init.kind == "hidden_mean"
+    assert choice.merge.method == "seed" and not choice.router.trained and choice.router.init.kind == "hidden_mean"
     assert (
         set(choice.router.init.prompts) == {"seed", "code", "law", "math"} and "data" not in stages["assemble/x"].inputs
     )

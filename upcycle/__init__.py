@@ -18,6 +18,7 @@ _HOMES = {
     "add_expert": "upcycle.editing",
     "assemble": "upcycle.api",
     "export": "upcycle.exporting",
+    "merge_models": "upcycle.merge_api",
     "preset": "upcycle.api",
     "remove_expert": "upcycle.editing",
     "to_dense": "upcycle.dense",
@@ -33,6 +34,8 @@ __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "merge":  # upcycle.merge.METHODS
+        return import_module("upcycle.merge")
     if name not in _HOMES:
         raise AttributeError(f"module 'upcycle' has no attribute {name!r}; it offers {', '.join(__all__)}")
     return getattr(import_module(_HOMES[name]), name)

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from upcycle.assembly import write_mixture
 from upcycle.config import nearest
-from upcycle.directories import check_room, resolve
+from upcycle.directories import check_new, check_room, resolve
 from upcycle.durable import atomic_directory
 from upcycle.explain import explain_plan
 from upcycle.explanation import Explanation
@@ -41,10 +41,7 @@ def preset(method: str, **overrides: Any) -> AssembleConfig:
     chosen = OmegaConf.merge(_composed(method), OmegaConf.create(overrides))
     # Below a root of its own, as in a run, whose rng_seed the presets take over.
     plain = OmegaConf.to_container(OmegaConf.create({"assemble": chosen}), resolve=True)["assemble"]  # pyright: ignore
-    try:
-        return TypeAdapter(AssembleConfig).validate_json(json.dumps(plain), strict=True)
-    except ValidationError as error:
-        raise ValueError("\n".join(in_words(AssembleConfig, error))) from None
+    return validated(AssembleConfig, plain)  # pyright: ignore
 
 
 def _composed(method: str) -> Any:
@@ -96,8 +93,8 @@ def assemble(
         )
     if out is None and not dry_run:
         raise ValueError("out is missing; name the directory that the mixture is to be written to")
-    if out is not None and Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
-        raise ValueError(f"out={out} exists already and is not an empty directory; name one that is, or a new one")
+    if out is not None:
+        check_new(Path(out))
     start, paths = resolve(seed), {name: resolve(path) for name, path in branches.items()}
     planned = explain_plan(start, paths, choice, f"would be written to {out}" if out else "not written")
     if out is None or dry_run:
@@ -105,8 +102,16 @@ def assemble(
     check_room(Path(out), planned.bytes or 0)
     for note in planned.notes:
         warnings.warn(note, stacklevel=2)
-    with atomic_directory(Path(out)) as partial:
-        config = write_mixture(start, paths, partial, choice, data=texts)
+    with atomic_directory(Path(out)) as new:
+        config = write_mixture(start, paths, new, choice, data=texts)
         if choice.prove or not is_listed(config.seed):
-            prove(partial, {"seed": start} | paths)
+            prove(new, {"seed": start} | paths)
     return Path(out)
+
+
+def validated(kind: Any, plain: dict[str, Any]) -> Any:
+    """Raises ValueError: settings that are none, one line each."""
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(plain), strict=True)
+    except ValidationError as error:
+        raise ValueError("\n".join(in_words(kind, error))) from None

@@ -12,17 +12,16 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from upcycle.adoption import with_family
-from upcycle.checkpoint import Checkpoint, CheckpointWriter, tensor_sha256
+from upcycle.checkpoint import Checkpoint, CheckpointWriter, Stored, finite, tensor_sha256
 from upcycle.configuration import UpcycledConfig
 from upcycle.cost import Shape, placed
 from upcycle.directories import copy_companions
 from upcycle.durable import write_json
 from upcycle.experts import Placed
 from upcycle.families import family_of, is_listed
-from upcycle.merge import METHODS
-from upcycle.merging import Member, Merging
+from upcycle.merger import Merger, Statistics
 from upcycle.mixture_config import AssembleConfig
-from upcycle.pieces import Piece, plan_pieces
+from upcycle.pieces import Piece, dense_config, plan_pieces
 from upcycle.preflight import check_alike
 from upcycle.router_config import RouterConfig
 from upcycle.router_init import drawn_rows
@@ -123,12 +122,15 @@ def write_mixture(
     choice: AssembleConfig,
     advance: Callable[..., None] = ignore,
     data: Mapping[str, Path] | None = None,
+    statistics: Mapping[str, Sequence[Path]] | None = None,
 ) -> UpcycledConfig:
-    """Assemble into `out` (an existing directory). Memory: one shard plus one tensor of every checkpoint; if routers start
-    from texts, then the whole mixture in fp32.
+    """Assemble into `out` (an existing directory). Memory: one tensor of every checkpoint; if routers start from texts, then
+    the whole mixture in fp32.
 
-    data: token arrays by domain, for routers that start from training text (init.kind=domain_centroid).
-    Raises ValueError: checkpoints that do not fit together (`check_alike`), non-finite weights, texts (`texts_of_routers`).
+    data: token arrays by domain, for routers that start from training text (init.kind=domain_centroid). statistics: the
+    curvature of models by name, as `stages.measure_curvature` leaves it, for merges that read it.
+    Raises ValueError: checkpoints that do not fit together (`check_alike`), non-finite weights, texts (`texts_of_routers`),
+    settings of the merge or curvature that does not fit (`Merger`).
     """
     seed, branches = Checkpoint(seed_dir), {name: Checkpoint(path) for name, path in branch_dirs.items()}
     check_alike(seed, branches)
@@ -138,10 +140,12 @@ def write_mixture(
     config = upcycled_config(seed_config, found, choice)
     pieces, texts = plan_pieces(config, seed.names, found), texts_of_routers(config, choice, seed_dir, data or {})
     dtype = getattr(torch, choice.dtype) if choice.dtype else seed.dtype()
+    curvature = {name: Statistics(*paths) for name, paths in (statistics or {}).items()}
+    merger = Merger(choice.merge, seed, dense_config(config), list(found.models), curvature)
     total_bytes = Shape.of_config(config.to_dict()).parameters * dtype.itemsize if is_listed(config.seed) else 0
     writer, rows = CheckpointWriter(out, choice.max_shard_bytes, total_bytes), []
     for number, piece in enumerate(pieces):
-        tensor, row = _make(piece, config, found, {"seed": seed} | branches, choice, dtype)
+        tensor, row = _make(piece, config, found, {"seed": seed} | branches, choice, dtype, merger)
         writer.add(piece.target, tensor)
         rows.append(row)
         advance(number + 1, len(pieces))
@@ -154,7 +158,8 @@ def write_mixture(
     copy_companions(seed_dir, out)
     if texts:
         write_text_rows(out, choice, texts)
-    made = {"experts": config.experts, "merge": choice.merge, "placed": asdict(found)}
+    made = {"experts": config.experts, "merge": choice.merge.record, "placed": asdict(found)}
+    made |= {"curvature": {name: one.about for name, one in curvature.items()}} if curvature else {}
     made |= {"router_init": said(choice, texts), "tensors": rows}
     write_json(out / "assembly.json", made)
     return config
@@ -167,18 +172,22 @@ def _make(
     checkpoints: dict[str, Checkpoint],
     choice: AssembleConfig,
     dtype: torch.dtype,
+    merger: Merger,
 ) -> tuple[Tensor, dict]:
     row: dict = {"target": piece.target, "origin": piece.origin, "sources": list(piece.sources)}
     if piece.origin == "fresh":
         return fresh_router(config, found, piece.target, choice), row
     models = piece.models(found)
-    if piece.origin == "merged" and choice.merge == "seed":
+    if piece.origin == "merged" and merger.keeps_seed(piece.sources[0]):
         models, row["origin"] = ["seed"], "seed"
     row["files"] = {name: [checkpoints[name].files[s] for s in piece.sources] for name in models}
-    sources = {name: [_finite(checkpoints[name], s, dtype) for s in piece.sources] for name in models}
     if row["origin"] == "merged":
-        merging = Merging(piece.target, {name: Member(tensors[0]) for name, tensors in sources.items()})
-        return piece.cut(METHODS[choice.merge](merging)).to(dtype), row
+        (source,) = piece.sources
+        if (method := merger.method(source)) != choice.merge.method:
+            row["method"] = method
+        stored = {name: Stored(checkpoints[name], source, dtype) for name in models}
+        return piece.cut(merger.merged(source, stored, dtype)), row
+    sources = {name: [finite(checkpoints[name], s, dtype) for s in piece.sources] for name in models}
     cuts = {name: [piece.cut(tensor.to(dtype)) for tensor in tensors] for name, tensors in sources.items()}
     if row["origin"] in ("copied", "seed"):
         ((tensor,),) = cuts.values()
@@ -194,41 +203,3 @@ def _make(
         )
     row["sha256"] = {name: [tensor_sha256(tensor) for tensor in tensors] for name, tensors in made.items()}
     return piece.stack(list(made.values())), row
-
-
-def _finite(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Tensor:
-    tensor = checkpoint.get(name)
-    if not torch.isfinite(tensor).all():
-        raise ValueError(f"{checkpoint.directory}: {name} holds NaN or infinite values; mend that checkpoint")
-    if not torch.isfinite(tensor.to(dtype)).all():
-        kind, largest = str(dtype).removeprefix("torch."), tensor.abs().max().item()
-        raise ValueError(
-            f"{checkpoint.directory}: {name} holds {largest:.4g}, more than {kind} can; choose assemble.dtype=bfloat16 or float32"
-        )
-    return tensor
-
-
-def write_merged(
-    seed_dir: Path,
-    branch_dirs: dict[str, Path],
-    out: Path,
-    method: str,
-    include_seed: bool,
-    max_shard_bytes: int = 4_000_000_000,
-    advance: Callable[..., None] = ignore,
-) -> None:
-    """Merge dense models of one seed into one, tensor by tensor, with a method of `merge.METHODS`.
-
-    Raises ValueError: checkpoints that do not fit together (`check_alike`).
-    """
-    seed, branches = Checkpoint(seed_dir), {name: Checkpoint(path) for name, path in branch_dirs.items()}
-    check_alike(seed, branches)
-    models = ({"seed": seed} if include_seed else {}) | branches
-    writer = CheckpointWriter(out, max_shard_bytes)
-    for number, name in enumerate(seed.names):
-        merging = Merging(name, {who: Member(model.get(name)) for who, model in models.items()}, Member(seed.get(name)))
-        writer.add(name, METHODS[method](merging).to(seed.get(name).dtype))
-        advance(number + 1, len(seed.names))
-    writer.close()
-    AutoConfig.from_pretrained(seed_dir).save_pretrained(out)
-    copy_companions(seed_dir, out)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from upcycle.explanation import routing_in_words
+from upcycle.merge_config import from_record
 
 METHOD = {
     "merged": ("Branch-Train-MiX", "arXiv:2403.07816", "branch-train-mix"),
@@ -55,7 +56,9 @@ def read_facts(directory: Path, report: Path | None = None) -> Facts:
     """
     stage = _read(directory / "stage.json")
     assembly = _assembly(directory, stage)
-    found: dict[str, Any] = {"merge": assembly.get("merge"), "fingerprints": _fingerprints(assembly)}
+    found: dict[str, Any] = {"fingerprints": _fingerprints(assembly)}
+    if "merge" in assembly:
+        found["merge"] = from_record(assembly["merge"]).words
     if stage:
         found["stage"] = f"{stage['stage']}-{stage['key'][:8]}"
         found["tokens"] = (stage["config"].get("train") or {}).get("tokens")

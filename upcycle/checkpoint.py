@@ -134,16 +134,45 @@ class Checkpoint:
         return getattr(torch, DTYPES[Counter(self.stored_dtype(name) for name in self.names).most_common(1)[0][0]])
 
 
-class CheckpointWriter:
-    """Writes tensors into shards of at most `max_shard_bytes`, then the index. Memory: one shard.
+def finite(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Tensor:
+    """The tensor as stored. Raises ValueError: NaN or infinite values; values that `dtype` cannot hold."""
+    tensor = checkpoint.get(name)
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{checkpoint.directory}: {name} holds NaN or infinite values; mend that checkpoint")
+    if not torch.isfinite(tensor.to(dtype)).all():
+        kind, largest = str(dtype).removeprefix("torch."), tensor.abs().max().item()
+        raise ValueError(
+            f"{checkpoint.directory}: {name} holds {largest:.4g}, more than {kind} can; choose assemble.dtype=bfloat16 or float32"
+        )
+    return tensor
 
-    total_bytes: what is going to be written, if known, so that a disk without the room is noticed before any work.
+
+class Stored:
+    """A tensor of a checkpoint that is read where its values are asked for, and kept by nobody."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str, dtype: torch.dtype):
+        self.checkpoint, self.name, self.dtype, self.shape = checkpoint, name, dtype, torch.Size(checkpoint.shape(name))
+
+    def float(self) -> Tensor:
+        """In fp32. Raises ValueError: see `finite`, of `dtype`."""
+        return finite(self.checkpoint, self.name, self.dtype).float()
+
+
+IN_MEMORY_BYTES = 128 * 2**20  # of tensors that wait for their shard
+
+
+class CheckpointWriter:
+    """Writes tensors into shards of at most `max_shard_bytes`, then the index. Memory: IN_MEMORY_BYTES and one tensor; what
+    else waits for its shard lies in mapped files.
+
+    total_bytes: what is going to be written, if known, so that a disk without the room is noticed before any work. stem: what
+    the files' names begin with.
     Raises ValueError: a directory that cannot be written to; a disk without the room.
     """
 
-    def __init__(self, directory: Path, max_shard_bytes: int, total_bytes: int = 0):
+    def __init__(self, directory: Path, max_shard_bytes: int, total_bytes: int = 0, stem: str = "model"):
         check_room(directory, total_bytes)
-        self.directory, self.max_shard_bytes = directory, max_shard_bytes
+        self.directory, self.max_shard_bytes, self.stem = directory, max_shard_bytes, stem
         self._pending: dict[str, Tensor] = {}
         self._shards: list[list[str]] = []
         self._pending_bytes = self._total_bytes = 0
@@ -152,9 +181,18 @@ class CheckpointWriter:
         size = tensor.numel() * tensor.element_size()
         if self._pending and self._pending_bytes + size > self.max_shard_bytes:
             self._flush()
-        self._pending[name] = tensor.contiguous()
+        spill = self._pending_bytes + size > IN_MEMORY_BYTES
+        self._pending[name] = self._spilled(tensor) if spill else tensor.contiguous()
         self._pending_bytes += size
         self._total_bytes += size
+
+    def _spilled(self, tensor: Tensor) -> Tensor:
+        """The same values in a file that is mapped: it has no name any more, and is gone with the tensor."""
+        path = self.directory / "pending"
+        check_room(self.directory, tensor.numel() * tensor.element_size())
+        mapped = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
+        path.unlink()
+        return mapped.copy_(tensor)
 
     def _shard(self, number: int) -> Path:
         return self.directory / f"shard-{number}.safetensors"
@@ -174,12 +212,13 @@ class CheckpointWriter:
         self._flush()
         count, weight_map = len(self._shards), {}
         for number, names in enumerate(self._shards):
-            final = "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+            place = "" if count == 1 else f"-{number + 1:05d}-of-{count:05d}"
+            final = f"{self.stem}{place}.safetensors"
             os.replace(self._shard(number), self.directory / final)
             weight_map.update(dict.fromkeys(names, final))
         if count > 1:
             index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-            write_json(self.directory / INDEX, index)
+            write_json(self.directory / f"{self.stem}.safetensors.index.json", index)
 
 
 def overwrite_tensors(directory: Path, tensors: dict[str, Tensor]) -> None:

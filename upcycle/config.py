@@ -267,19 +267,33 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class CurvatureConfig:
-    """What is measured of a model's loss around its weights (curvature.measure), on how much of its training text.
+class SamplesConfig:
+    """On how much of its training text a model's curvature is measured, and how.
 
     labels: drawn from the model's own predictions (the Fisher matrix), or as the text has them (the empirical one).
     largest_factor: linears with more in- or out-features have no Gram matrices and no Kronecker factors.
     """
 
-    kinds: tuple[Literal["fisher", "gram", "kfac", "hessian"], ...] = Field(default=("fisher",), min_length=1)
     sequences: int = Field(default=256, gt=0)
     sequence_length: int = Field(default=512, gt=1)
     labels: Literal["sampled", "observed"] = "sampled"
     largest_factor: int = Field(default=16384, gt=0)
     rng_seed: int = Field(default=1, ge=0)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CurvatureConfig(SamplesConfig):
+    """What is measured of a model's loss around its weights (curvature.measure)."""
+
+    kinds: tuple[Literal["fisher", "gram", "kfac", "hessian"], ...] = Field(default=("fisher",), min_length=1)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TextsConfig(SamplesConfig):
+    """Of every model whose curvature a merge of the run reads. texts: for each model by name, the shares of the domains that it
+    is measured on; one that is not named, on what it was trained on here."""
+
+    texts: dict[str, dict[str, float]] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,16 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from upcycle.batches import Batches, random_words, run_key
+from upcycle.checkpoint import CheckpointWriter
 from upcycle.config import CurvatureConfig
+from upcycle.durable import write_json
 from upcycle.losses import next_token_labels
 from upcycle.team import ALONE, Team
 
 # What each kind is called in curvature.safetensors, before "/" and the tensor's name.
 STATISTICS = {"fisher": ("fisher",), "gram": ("gram",), "kfac": ("kfac_in", "kfac_out"), "hessian": ("hessian",)}
+
+SHARD_BYTES = 4_000_000_000
 
 
 class Sums:
@@ -166,3 +171,15 @@ def _second_order(model: PreTrainedModel, ids_1S: Tensor, config: CurvatureConfi
         curved = torch.autograd.grad(along, [p for _, p in named], materialize_grads=True)
     for (name, _), v, hv in zip(named, probes, curved, strict=True):
         sums.add(f"hessian/{name}", v * hv)
+
+
+def write_statistics(found: dict[str, Tensor], config: CurvatureConfig, tokens: dict[str, int], out: Path) -> None:
+    """curvature.safetensors and curvature.json. The norm of the Fisher's diagonal over all tensors, which Fisher merging divides
+    by, is one more statistic. tokens: read of each domain."""
+    writer = CheckpointWriter(out, SHARD_BYTES, sum(4 * tensor.numel() for tensor in found.values()), stem="curvature")
+    for name, tensor in found.items():
+        writer.add(name, tensor)
+    if squares := [tensor.double().square().sum() for name, tensor in found.items() if name.startswith("fisher/")]:
+        writer.add("fisher_norm", torch.stack(squares).sum().sqrt().float())
+    writer.close()
+    write_json(out / "curvature.json", asdict(config) | {"tokens": tokens, "statistics": len(found)})

@@ -7,7 +7,7 @@ fp32 where C is diagonal; float64 where a system is solved. A linear's weight W 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial, wraps
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -37,12 +37,13 @@ def fisher(merging: Merging, *, floor: Positive = 1e-6, normalise: bool = True) 
     first = merging.present[0][1].tensor.float()
     moved, total = torch.zeros_like(first), torch.zeros_like(first)
     for (_, member), weight in zip(merging.present, _fisher_weights(merging, normalise, floor), strict=True):
-        moved.add_(weight * (member.tensor.float() - first))
         total.add_(weight)
-    return first + moved / total
+        moved.add_(weight.mul_(member.tensor.float() - first))
+    return moved.div_(total).add_(first)
 
 
-def _fisher_weights(merging: Merging, normalise: bool, floor: float) -> list[Tensor]:
+def _fisher_weights(merging: Merging, normalise: bool, floor: float) -> Iterator[Tensor]:
+    """c_i of each member that is present, one after the other, the caller's own."""
     norms = dict.fromkeys(merging.members, 1.0)
     if normalise:
         norms = {name: merging.statistic("fisher_norm", name, member).item() for name, member in merging.present}
@@ -54,10 +55,8 @@ def _fisher_weights(merging: Merging, normalise: bool, floor: float) -> list[Ten
                 f"merge of {merging.name}: the Fisher of {', '.join(silent)} has the norm {norms[silent[0]]:g} over the whole "
                 "model, expected above 0; collect it again, or write normalise=false"
             )
-    return [
-        merging.statistic("fisher", name, member).float().clamp(min=floor) * (member.weight / norms[name])
-        for name, member in merging.present
-    ]
+    for name, member in merging.present:
+        yield merging.statistic("fisher", name, member).float().clamp(min=floor).mul_(member.weight / norms[name])
 
 
 def regmean(merging: Merging, *, off_diagonal: Share = 0.9, ridge: NotNegative = 0.0) -> Tensor:
@@ -99,28 +98,35 @@ def _solved(matrix: Tensor, right: Tensor, merging: Merging) -> Tensor:
     return torch.cholesky_solve(right, factor)
 
 
-def gradient_matching(merging: Merging, *, alpha: Positive = 1.0, damping: Positive = 1e-12) -> Tensor:
+def gradient_matching(
+    merging: Merging,
+    *,
+    curvature: Literal["fisher", "hessian"] = "fisher",
+    alpha: Positive = 1.0,
+    damping: Positive = 1e-12,
+) -> Tensor:
     """θ* = θ_0 + Σ_i α_i H̄⁻¹ (H_0 + H_i) τ_i, H̄ = H_0 + Σ_i α_i H_i, diagonal (arXiv:2310.12808). Returns fp32.
 
     α_i = alpha · w_i; the damping is part of H_0, so that entries without curvature get task arithmetic with λ = alpha. The
-    sums are over branches: the seed is in H_0, whether or not it is a member.
+    sums are over branches: the seed is in H_0, whether or not it is a member. curvature: H is the Fisher's diagonal, as in the
+    paper's own experiments and never below 0, or an estimate of the Hessian's, which for a network can be.
     Raises ValueError: see `Merging.statistic`; H̄ not above 0 somewhere.
     """
     base = merging.base()
     assert merging.seed is not None
-    start = merging.statistic("hessian", "the seed", merging.seed).float() + damping
+    start = merging.statistic(curvature, "the seed", merging.seed).float() + damping
     moved, total = torch.zeros_like(base), start.clone()
     for name, member in merging.present:
         if name != SEED:
-            hessian = merging.statistic("hessian", name, member).float()
-            moved.add_((start + hessian) * (member.tensor.float() - base), alpha=alpha * member.weight)
-            total.add_(hessian, alpha=alpha * member.weight)
+            own = merging.statistic(curvature, name, member).float()
+            total.add_(own, alpha=alpha * member.weight)
+            moved.add_((start + own) * (member.tensor.float() - base), alpha=alpha * member.weight)
     if not (total > 0).all():
         raise ValueError(
-            f"merge of {merging.name}: the sum of the Hessians' diagonals is {total.min():.4g} somewhere, expected above 0; raise "
-            "damping, or take Fishers for Hessians"
+            f"merge of {merging.name}: H_0 + Σ α H is {total.min():.4g} somewhere, expected above 0: no minimum there; write "
+            "curvature=fisher, or raise damping"
         )
-    return base + moved / total
+    return moved.div_(total).add_(base)
 
 
 class Solved(NamedTuple):
@@ -146,11 +152,11 @@ def mats_solved(
     """`mats` and what it took. A tensor that is averaged took no iterations."""
     if curvature in ("gram", "kfac") and merging.in_axis is None:
         return Solved(average(merging), 0, 0.0, True)
-    members = [_inputs_first(member.tensor.float(), merging) for _, member in merging.present]
     start = _inputs_first(task_arithmetic(merging, scale=init_scale), merging)
     each = _operators(merging, curvature, off_diagonal, floor, normalise)
     right, whole = torch.zeros_like(start), torch.zeros_like(start)
-    for apply, theta in zip(each, members, strict=True):
+    for apply, (_, member) in zip(each, merging.present, strict=True):
+        theta = _inputs_first(member.tensor.float(), merging)
         right += apply(theta - start)
         whole += apply(theta)
 

@@ -201,6 +201,12 @@ def copy_companions(source: Path, out: Path) -> None:
             shutil.copyfile(source / name, out / name)
 
 
+def check_new(out: Path) -> None:
+    """Raises ValueError: there is something at `out` already, and not just an empty directory."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"out={out} exists already and is not an empty directory; name one that is, or a new one")
+
+
 def check_room(directory: Path, needed_bytes: int = 0) -> None:
     """Raises ValueError: `directory`, which need not exist yet, cannot be written to or lacks the room."""
     there = next(path for path in (directory.absolute(), *directory.absolute().parents) if os.access(path, os.F_OK))

@@ -20,7 +20,7 @@ from upcycle.checkpoint import Checkpoint, CheckpointWriter
 from upcycle.config import nearest
 from upcycle.configuration import UpcycledConfig
 from upcycle.dense_reference import DenseReference
-from upcycle.directories import check_room, copy_companions, resolve
+from upcycle.directories import check_new, check_room, copy_companions, resolve
 from upcycle.durable import atomic_directory
 from upcycle.edits import Edit, Record, edited_tensors, notes_on_rows, rows_in_words
 from upcycle.experts import check_names
@@ -129,8 +129,7 @@ def open_mixture(directory: str | Path, out: str | Path) -> tuple[Checkpoint, An
     Raises ValueError: no mixture there, or not one that this code can take apart; `out` is not new or empty.
     """
     directory, out = resolve(directory), Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"out={out} exists already and is not an empty directory; name one that is, or a new one")
+    check_new(out)
     mixture = Checkpoint(directory)
     if (found := mixture.config.get("model_type")) != UpcycledConfig.model_type:
         raise ValueError(

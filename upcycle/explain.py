@@ -6,7 +6,7 @@ A directory is explained from assembly.json, config.json, proof.json and the hea
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from upcycle.directories import INDEX, resolve
 from upcycle.explanation import Explanation, TensorRow
+from upcycle.merge_config import MergeConfig, from_record
 from upcycle.mixture_config import AssembleConfig
 
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -143,7 +144,8 @@ def _rows(headers: dict[str, Any], assembly: dict | None, experts: list[str]) ->
     for target in [*known, *(name for name in headers if name not in known)]:
         made = known.get(target, unknown)
         shape, dtype = headers.get(target) or (None, None)
-        origin = _origin(made["origin"], assembly["merge"]) if assembly else made["origin"]
+        method = made.get("method") or (from_record(assembly["merge"]).method if assembly else "")
+        origin = _origin(made["origin"], method) if assembly else made["origin"]
         used, files = [], made.get("files", {})
         if assembly and origin not in ("fresh", "unknown"):
             models = assembly["placed"]["models"]
@@ -180,10 +182,12 @@ def explain_plan(
     from upcycle.assembly import placed_experts, upcycled_config
     from upcycle.checkpoint import Checkpoint
     from upcycle.families import is_listed
+    from upcycle.merge import check_merge
     from upcycle.modeling import UpcycledForCausalLM
     from upcycle.pieces import plan_pieces
     from upcycle.preflight import check_alike
     from upcycle.relatedness import check_related
+    from upcycle.roles import tensor_facts
 
     first, others = Checkpoint(seed), {name: Checkpoint(path) for name, path in branches.items()}
     notes = check_alike(first, others)
@@ -203,7 +207,12 @@ def explain_plan(
     if found.note:
         notes.append(f"matched to BAM: {found.note}")
     dtype, checkpoints = choice.dtype or str(first.dtype()).removeprefix("torch."), {"seed": first} | others
-    rows = [_planned(piece, choice, config, found, checkpoints, shapes, dtype) for piece in pieces]
+    facts = tensor_facts(dense)
+    check_merge(choice.merge, found.models)
+    rows = [
+        _planned(piece, _method(piece, choice.merge, facts), config, found, checkpoints, shapes, dtype)
+        for piece in pieces
+    ]
     return Explanation(
         directory=out,
         family=config.seed.model_type,
@@ -219,10 +228,15 @@ def explain_plan(
     )
 
 
+def _method(piece: Any, merge: MergeConfig, facts: Mapping[str, Any]) -> str:
+    """By what a planned tensor is merged, if it is."""
+    return merge.of(facts[piece.sources[0]].role).method if piece.origin == "merged" else ""
+
+
 def _planned(
-    piece: Any, choice: AssembleConfig, config: Any, found: Any, checkpoints: dict[str, Any], shapes: dict, dtype: str
+    piece: Any, method: str, config: Any, found: Any, checkpoints: dict[str, Any], shapes: dict, dtype: str
 ) -> TensorRow:
-    origin = _origin(piece.origin, choice.merge)
+    origin = _origin(piece.origin, method)
     models = ["seed"] if origin == "the seed's" else piece.models(found)
     used = models if origin == "the seed's" else _whose(piece, found, config)
     files = {name: [checkpoints[name].files[source] for source in piece.sources] for name in models}

@@ -18,7 +18,7 @@ from upcycle.assembly import REMOTE_CODE
 from upcycle.card import model_card, read_facts
 from upcycle.checkpoint import Checkpoint, CheckpointWriter, import_checkpoint
 from upcycle.configuration import UpcycledConfig
-from upcycle.directories import check_room, copy_companions, resolve
+from upcycle.directories import check_new, check_room, copy_companions, resolve
 from upcycle.durable import atomic_directory
 from upcycle.modeling import UpcycledForCausalLM
 from upcycle.native import FORMATS, choose_format, native_config, native_tensors, notes
@@ -65,8 +65,7 @@ def export(
     directory, out = resolve(directory), Path(out)
     if format not in (known := ("auto", *FORMATS, "remote_code")):
         raise ValueError(f"format={format!r} is not known; expected one of {', '.join(known)}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"out={out} exists already and is not an empty directory; name one that is, or a new one")
+    check_new(out)
     checkpoint = Checkpoint(directory)
     if (found := checkpoint.config.get("model_type")) != UpcycledConfig.model_type:
         raise ValueError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,10 +17,12 @@ from torch import Tensor
 
 from upcycle.config import nearest
 from upcycle.curvature_merging import fisher, gradient_matching, mats, regmean
-from upcycle.merging import Merging, average
+from upcycle.merge_config import MergeConfig
+from upcycle.merging import SEED, Merging, average
 from upcycle.task_vectors import dare, dare_ties, task_arithmetic, ties
 
 Options = Mapping[str, Any]
+KEPT = "seed"  # in settings, in a method's place: the tensor is the seed's own
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ METHODS: dict[str, Method] = {
         "θ₀ + Σ α (H₀ + H) τ / (H₀ + Σ α H)",
         needs_seed=True,
         reads_seed=True,
-        needs=lambda options: ("hessian",),
+        needs=lambda options: (options["curvature"],),
     ),
     "mats": Method(mats, "(Σ C) θ = Σ C θᵢ by conjugate gradient", needs_seed=True, needs=_of_mats, idle=_idle_in_mats),
 }
@@ -116,3 +118,45 @@ def check_options(name: str, options: Options | None = None) -> dict[str, Any]:
 def needed_statistics(name: str, options: Options | None = None) -> tuple[str, ...]:
     """Which statistics of the members the method reads with these options. Raises ValueError: see `check_options`."""
     return METHODS[name].needs(check_options(name, options))
+
+
+def check_merge(config: MergeConfig, models: Iterable[str]) -> None:
+    """Raises ValueError: a method that is not known, options that are not its own, weights of models that are not merged, or
+    of none of them; a role that goes the way that all tensors go."""
+    models = list(models)
+    for where, way in [("", config.of("")), *((f"merge.roles.{role}: ", way) for role, way in config.roles.items())]:
+        try:
+            if way.method != KEPT:
+                check_options(way.method, way.options)
+            elif way.options:
+                raise ValueError(
+                    f"merge=seed is the seed's tensor as it is, and has no option {next(iter(way.options))!r}; leave it out"
+                )
+        except ValueError as error:
+            raise ValueError(f"{where}{error}") from None
+    for role, way in config.roles.items():
+        if (way.method, way.options) == (config.method, config.options):
+            raise ValueError(f"merge.roles.{role} says what holds for all tensors; leave it out")
+    for name in config.weights:
+        if name not in models:
+            raise ValueError(
+                f"merge.weights.{name}: not one of the models that are merged ({', '.join(models)}){nearest(name, models)}"
+            )
+    if all(config.weights.get(name, 1.0) == 0 for name in models):
+        raise ValueError(f"merge.weights are 0 for all models ({', '.join(models)}); leave one above 0")
+    if config.weights and all(way.method == KEPT for way in config.ways):
+        raise ValueError("merge.weights have no effect where every tensor is the seed's own; leave them out")
+
+
+def statistics_of(config: MergeConfig) -> tuple[str, ...]:
+    """The kinds of curvature (curvature.STATISTICS) that some tensors' method reads, in sorted order."""
+    keys = {key for way in config.ways if way.method != KEPT for key in needed_statistics(way.method, way.options)}
+    return tuple(sorted({key.split("_")[0] for key in keys}))
+
+
+def readers(config: MergeConfig, members: Iterable[str]) -> dict[str, list[str]]:
+    """{kind of curvature: the models whose it is} that a merge of these members reads; the seed's also where it is no member."""
+    seed = any(METHODS[way.method].reads_seed for way in config.ways if way.method != KEPT)
+    weighed = [name for name in members if config.weights.get(name, 1.0) > 0]
+    first = [SEED] if seed and SEED not in weighed else []
+    return dict.fromkeys(statistics_of(config), first + weighed)

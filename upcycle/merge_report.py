@@ -6,17 +6,21 @@ Pure functions; figures of tensors add up to those of a model.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from upcycle.merge_config import ROLES
 from upcycle.merging import SEED, Merging
 from upcycle.task_vectors import trimmed
 
 Pair = tuple[str, str]
+BLOCK = 2**22  # entries that are looked at together
 
 
 @dataclass(frozen=True)
@@ -63,32 +67,87 @@ class TaskVectors:
 
 def task_vectors(merging: Merging) -> TaskVectors:
     """Figures of the branches that are present (the seed's own τ is 0). Raises ValueError: there is no seed."""
-    taus = _taus(merging)
+    taus = {name: tau.flatten() for name, tau in _taus(merging)}
     pairs = list(combinations(taus, 2))
-    return TaskVectors(
-        {(a, b): (taus[a].double() * taus[b].double()).sum().item() for a, b in [*pairs, *((a, a) for a in taus)]},
-        {(a, b): int((taus[a].sign() * taus[b].sign() > 0).sum()) for a, b in pairs},
-        {(a, b): int(((taus[a] != 0) & (taus[b] != 0)).sum()) for a, b in pairs},
-        merging.base().numel(),
-    )
+    dots = dict.fromkeys([*pairs, *((a, a) for a in taus)], 0.0)
+    alike, both = dict.fromkeys(pairs, 0), dict.fromkeys(pairs, 0)
+    entries = math.prod(merging.shape)
+    for start in range(0, entries, BLOCK):
+        block = {name: tau[start : start + BLOCK].double() for name, tau in taus.items()}
+        for a, b in dots:
+            dots[a, b] += (block[a] @ block[b]).item()
+        for a, b in pairs:
+            product = block[a].sign() * block[b].sign()
+            alike[a, b] += int((product > 0).sum())
+            both[a, b] += int((product != 0).sum())
+    return TaskVectors(dots, alike, both, entries)
 
 
 def ties_entries(merging: Merging, density: float = 0.2) -> dict[str, int]:
     """How many entries TIES leaves to whom: `trimmed`, no branch keeps a value there, so it stays the seed's; `agreed`, all
     kept values have one sign; `conflict`, they have both. Sums to the tensor's entries. Raises ValueError: there is no seed."""
-    positive = torch.zeros(merging.shape, dtype=torch.bool, device=merging.base().device)
+    positive = torch.zeros(merging.shape, dtype=torch.bool)
     negative = positive.clone()
-    for tau in _taus(merging).values():
-        kept = trimmed(tau, density)
+    for _, tau in _taus(merging):
+        kept = trimmed(tau, density).cpu()
         positive |= kept > 0
         negative |= kept < 0
     conflict, kept = int((positive & negative).sum()), int((positive | negative).sum())
     return {"trimmed": positive.numel() - kept, "agreed": kept - conflict, "conflict": conflict}
 
 
-def _taus(merging: Merging) -> dict[str, Tensor]:
+def _taus(merging: Merging) -> Iterator[tuple[str, Tensor]]:
     base = merging.base()
-    return {name: member.tensor.float() - base for name, member in merging.present if name != SEED}
+    for name, member in merging.present:
+        if name != SEED:
+            yield name, member.tensor.float() - base
+
+
+class MergeReport:
+    """Figures of a whole merge, added up by layer and role of its tensors."""
+
+    def __init__(self, density: float = 0.2):
+        self.density = density
+        self._vectors: dict[tuple[int | None, str], TaskVectors] = {}
+        self._ties: dict[tuple[int | None, str], Counter[str]] = {}
+
+    def add(self, layer: int | None, role: str, merging: Merging) -> None:
+        """One tensor's. Raises ValueError: there is no seed, or no branch."""
+        place, found = (layer, role), task_vectors(merging)
+        self._vectors[place] = self._vectors[place] + found if place in self._vectors else found
+        self._ties.setdefault(place, Counter()).update(ties_entries(merging, self.density))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """For each layer and role: entries, ‖τ‖ of each branch, cosines and sign agreement of each two ("a, b"), TIES' entries."""
+        return [
+            {"layer": layer, "role": role} | self._row([(layer, role)])
+            for layer, role in sorted(self._vectors, key=_order)
+        ]
+
+    def of_roles(self) -> dict[str, dict[str, Any]]:
+        """The same over all layers, by role; and "all"."""
+        places = {
+            role: [place for place in self._vectors if place[1] == role]
+            for _, role in sorted(self._vectors, key=_order)
+        }
+        return {name: self._row(some) for name, some in (places | {"all": list(self._vectors)}).items()}
+
+    def _row(self, places: list[tuple[int | None, str]]) -> dict[str, Any]:
+        first, *others = [self._vectors[place] for place in places]
+        total = sum(others, start=first)
+        ties = sum((self._ties[place] for place in places), start=Counter())
+        return {
+            "entries": total.entries,
+            "norms": total.norms,
+            "cosines": {", ".join(pair): value for pair, value in total.cosines.items()},
+            "sign_agreement": {", ".join(pair): value for pair, value in total.sign_agreement.items()},
+            "ties": {"density": self.density} | {name: ties[name] for name in ("trimmed", "agreed", "conflict")},
+        }
+
+
+def _order(place: tuple[int | None, str]) -> tuple[int, int]:
+    layer, role = place
+    return (-1 if layer is None else layer, ROLES.index(role))
 
 
 def task_arithmetic_error(

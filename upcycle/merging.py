@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,9 +18,18 @@ SEED = "seed"  # the name of the seed among the members, where it is one
 DIAGONALS = ("fisher", "hessian")
 
 
+class Readable(Protocol):
+    """A tensor, or what reads one anew each time that its values are asked for (checkpoint.Stored)."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def float(self) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Member:
-    """One model's share in the merge of one tensor.
+    """One model's share in the merge of one tensor. Methods ask for the values of one member after another, some twice.
 
     weight: as the user gives it, ≥ 0, relative where a formula says Σ w = 1; 0 is as if the model were not there.
     statistics: what methods ask for, of any dtype that floats, by name:
@@ -32,7 +42,7 @@ class Member:
         kfac_out     (out, out): E[g gᵀ] of the gradients with respect to its outputs
     """
 
-    tensor: Tensor
+    tensor: Readable
     weight: float = 1.0
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
 

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from upcycle.config import STRICT, TrainConfig
+from upcycle.merge_config import MergeConfig
 from upcycle.placement_config import PlacementConfig
 from upcycle.router_config import InitConfig, LossesConfig, RouterConfig, shown
 
@@ -20,8 +21,7 @@ class AssembleConfig:
     """How branches become one mixture. `attention: merged` is BTX, `attention: mixture` is BAM.
 
     tie: "layers", the first routed layer decides for all; "sublayers", the feed-forward router of a layer has the logits of
-    its attention router; "skip", a router adds the logits of the layer before. merge: how what is no expert is made of all,
-    a method of merge.METHODS, or "seed", the seed's own.
+    its attention router; "skip", a router adds the logits of the layer before. merge: how what is no expert is made of all.
     """
 
     router: RouterConfig = RouterConfig(losses=LossesConfig(balance="btx", balance_coefficient=0.01))
@@ -30,7 +30,7 @@ class AssembleConfig:
     kv: Literal["expert", "shared"] = "expert"
     tie: Literal["none", "layers", "sublayers", "skip"] = "none"
     placement: PlacementConfig = PlacementConfig()
-    merge: Literal["average", "seed"] = "average"
+    merge: MergeConfig = MergeConfig()
     include_seed: bool = True
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     max_shard_bytes: int = 4_000_000_000
@@ -187,6 +187,10 @@ class MixtureConfig:
         """Nothing of a mixture from scratch may ask for weights or texts of the models it is not made of."""
         if self.train is None:
             raise ValueError("scratch=true draws every weight at random, and train.tokens=0 leaves it so; train it")
+        if self.assemble.merge != MergeConfig():
+            raise ValueError(
+                f"scratch=true draws every weight at random, and assemble.merge={self.assemble.merge.words} merges weights; leave it out"
+            )
         placement = self.assemble.placement
         for name, usual in (("experts", "branches"), ("match", "none")):
             if (given := getattr(placement, name)) != usual:

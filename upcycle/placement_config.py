@@ -180,7 +180,7 @@ class PlacementConfig:
                 f"include_seed=false has no effect with placement.experts={list(self.experts)}, which says whether the seed is "
                 "among them; leave include_seed=true"
             )
-        if self.shared_expert == "merged" and choice.merge == "seed":
+        if self.shared_expert == "merged" and choice.merge.of("mlp").method == "seed":
             raise ValueError(
                 "placement.shared_expert=merged with merge=seed is the seed's own; write shared_expert=seed"
             )

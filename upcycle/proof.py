@@ -2,8 +2,8 @@
 
 1. Tensors. Every expert's tensors, cut out of the stacked ones, are what its sources' checkpoints, read once more, give it:
    the whole, certain hidden units, or some of them drawn anew (assembly.json says which). They hash to what was written
-   down at assembly. A shared expert is the seed's own. Every averaged tensor is the mean of its sources, or the seed's own
-   where that was asked for.
+   down at assembly. A shared expert is the seed's own. Every merged tensor is the mean of its sources, the seed's own, or what
+   the method that was asked for makes of them; proof.json counts them (those that need curvature are not compared).
 2. One-hot. With all routers forced to expert e, the mixture's logits equal those of a dense model of the seed's own
    class that has e's tensors (and the shared expert's) inside the merged rest; for every e.
 3. Gates. With the routers as they are, each feed-forward sublayer's output is Σ_e gate_e · MLP_e, of MLPs of the seed's own
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,18 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from upcycle.checkpoint import Checkpoint, tensor_sha256
+from upcycle.checkpoint import Checkpoint, Stored, tensor_sha256
 from upcycle.configuration import UpcycledConfig
 from upcycle.dense_reference import DenseReference
 from upcycle.durable import write_json
 from upcycle.experts import Placed
 from upcycle.families import Family, family_of
+from upcycle.merge import KEPT, statistics_of
+from upcycle.merge_config import MergeConfig, from_record
+from upcycle.merger import Merger
 from upcycle.modeling import RoutedExperts, UpcycledForCausalLM
-from upcycle.pieces import Piece, plan_pieces
+from upcycle.pieces import Piece, dense_config, plan_pieces
+from upcycle.roles import UNKNOWN, tensor_facts
 from upcycle.router import RoutingTrace
 from upcycle.store import ignore
 
@@ -46,7 +50,7 @@ def prove(mixture_dir: Path, model_dirs: Mapping[str, Path], advance: Callable[.
     mixture, placed = Checkpoint(mixture_dir), _placed(mixture_dir)
     model: Any = UpcycledForCausalLM.from_pretrained(mixture_dir, dtype=torch.float32).eval()
     record = json.loads((mixture_dir / "assembly.json").read_text())
-    config, method = model.config, record["merge"]
+    config, merge = model.config, from_record(record["merge"])
     if [expert.name for expert in placed.experts] != config.experts:
         raise ValueError(f"{mixture_dir}: assembly.json and config.json name other experts; assemble the mixture again")
     if placed.drop_fraction and record.get("edits"):
@@ -54,7 +58,7 @@ def prove(mixture_dir: Path, model_dirs: Mapping[str, Path], advance: Callable[.
             f"{mixture_dir} has experts that were drawn anew in part and was edited afterwards; what each came from is proved by "
             "the edit itself (proof.json)"
         )
-    needed = _needed(placed, config, method)
+    needed = _needed(placed, config, merge)
     if absent := [name for name in needed if name not in model_dirs]:
         raise ValueError(
             f"{mixture_dir} was made from {', '.join(needed)}; {absent[0]} is not given to prove it against"
@@ -63,8 +67,7 @@ def prove(mixture_dir: Path, model_dirs: Mapping[str, Path], advance: Callable[.
     pieces = plan_pieces(config, checkpoints[needed[0]].names, placed)
     steps = len(placed.experts) + 1  # the tensors, then each expert alone
     hashed = _check_hashes(mixture, pieces, placed, checkpoints)
-    merged_of = ["seed"] if method == "seed" else placed.models
-    _check_merged(mixture, pieces, [checkpoints[name] for name in merged_of], method)
+    compared = _check_merged(mixture, pieces, checkpoints, config, placed.models, merge)
     advance(1, steps, doing="proved: tensors")
     tokens = torch.randint(0, config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
     sublayers, gate_sum = _watch_sublayers(model, tokens)
@@ -93,15 +96,15 @@ def prove(mixture_dir: Path, model_dirs: Mapping[str, Path], advance: Callable[.
             f"output, expected at most {TOLERANCE}; do not use this mixture"
         )
     result = {
-        "expert_tensors_hashed": hashed, "one_hot_errors": errors, "gated_sum_error": left, "mean_gate_sum": gate_sum,
+        "expert_tensors_hashed": hashed, "merged_tensors_compared": compared, "one_hot_errors": errors, "gated_sum_error": left, "mean_gate_sum": gate_sum,
     }  # fmt: skip
     return write_proof(mixture_dir, result)
 
 
-def _needed(placed: Placed, config: UpcycledConfig, method: str) -> list[str]:
+def _needed(placed: Placed, config: UpcycledConfig, merge: MergeConfig) -> list[str]:
     """The models that the mixture has something of, by name."""
     sources = [chunk.source for expert in (*placed.experts, *placed.attention) for chunk in expert.chunks]
-    seed = ["seed"] * ("seed" in (config.shared_expert, method))
+    seed = ["seed"] * (config.shared_expert == "seed" or merge.method != "average" or bool(merge.roles))
     return list(dict.fromkeys([*placed.models, *sources, *seed]))
 
 
@@ -181,20 +184,46 @@ def _check_hashes(
     return count
 
 
-def _check_merged(mixture: Checkpoint, pieces: list[Piece], models: list[Checkpoint], method: str) -> None:
-    """Merged tensors against a plain float64 mean, with the tolerance of the mixture's dtype; the seed's own to the bit."""
-    for piece in pieces:
-        if piece.origin != "merged" or method not in ("seed", "average"):
-            continue
+def _check_merged(
+    mixture: Checkpoint,
+    pieces: list[Piece],
+    checkpoints: Mapping[str, Checkpoint],
+    config: UpcycledConfig,
+    models: Sequence[str],
+    merge: MergeConfig,
+) -> int:
+    """How many merged tensors were compared: averages with a plain float64 mean, to the tolerance of the mixture's dtype; the
+    seed's own to the bit; others with the same merge made again. Those that read curvature, which is gone, are not."""
+    dense, compared = dense_config(config), 0
+    facts = tensor_facts(dense)
+    merger = (
+        Merger(merge, checkpoints["seed"], dense, list(models))
+        if not statistics_of(merge) and "seed" in checkpoints
+        else None
+    )
+    for piece in (piece for piece in pieces if piece.origin == "merged"):
         ours, (source,) = mixture.get(piece.target), piece.sources
-        if method == "seed":
-            what, same = "the seed's own", torch.equal(ours, piece.cut(models[0].get(source).to(ours.dtype)))
-        else:
-            mean = piece.cut(torch.stack([model.get(source).double() for model in models]).mean(0))
+        method = merge.of(facts.get(source, UNKNOWN).role).method
+        if method == KEPT:
+            what, same = "the seed's own", torch.equal(ours, piece.cut(checkpoints["seed"].get(source).to(ours.dtype)))
+        elif method in ("average", "weighted"):
+            shares = [merge.weights.get(name, 1.0) for name in models]
+            each = torch.stack([checkpoints[name].get(source).double() for name in models])
+            mean = piece.cut(torch.tensordot(torch.tensor(shares).double(), each, 1) / sum(shares))
             what = "the average of the experts'"
             same = torch.allclose(ours.double(), mean, rtol=2 * torch.finfo(ours.dtype).eps, atol=1e-6)
+        elif merger is not None:
+            stored = {name: Stored(checkpoints[name], source, ours.dtype) for name in models}
+            what, same = (
+                f"the {method} merge of the experts'",
+                torch.equal(ours, piece.cut(merger.merged(source, stored, ours.dtype))),
+            )
+        else:
+            continue
         if not same:
             raise ValueError(f"{mixture.directory}: {piece.target} is not {what} {source}")
+        compared += 1
+    return compared
 
 
 class _Sublayer:

@@ -11,6 +11,7 @@ from typing import Any
 
 from upcycle.config import SeedConfig, TokenizerConfig
 from upcycle.durable import write_json
+from upcycle.merge_config import MergeConfig
 from upcycle.mixture_config import AssembleConfig
 from upcycle.store import Run, versioned
 
@@ -104,15 +105,56 @@ def _train_and_save(model, train_config, skip_tokens, data, tokenizer: Path, out
         shutil.copyfile(tokenizer / "assembly.json", out / "assembly.json")
 
 
-@versioned(2)
-def merge_models(config: dict[str, Any], *, out: Path, run: Run, seed: Path, branches: dict[str, Path]) -> None:
-    """One dense model from several. config: `method` (merge.METHODS), `include_seed`."""
-    from upcycle.assembly import write_merged
+@versioned(1, together=True)
+def measure_curvature(config: dict[str, Any], *, out: Path, run: Run, model: Path, data: dict[str, Path]) -> None:
+    """curvature.safetensors of a dense model, and curvature.json: what was measured, on what. config: `curvature`
+    (CurvatureConfig), `proportions` of the domains whose training text it is measured on."""
+    from tempfile import TemporaryDirectory
 
-    write_merged(seed, branches, out, config["method"], config["include_seed"], advance=run.advance)
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from upcycle.batches import Batches, consumed_tokens
+    from upcycle.curvature import measure, write_statistics
+
+    wanted, proportions = config["curvature"], config["proportions"]
+    batches = Batches(data, proportions, wanted.sequence_length, 1, wanted.rng_seed)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    tokens = consumed_tokens(proportions, wanted.rng_seed, wanted.sequence_length, wanted.sequences)
+    with TemporaryDirectory(dir=out) as scratch:
+        found = measure(loaded, batches, wanted, Path(scratch), run.advance, run.team)
+        if run.team.leads:
+            write_statistics(found, wanted, tokens, out)
+        run.team.wait()
 
 
-@versioned(2)
+@versioned(3)
+def merge_models(
+    config: MergeConfig,
+    *,
+    out: Path,
+    run: Run,
+    seed: Path,
+    branches: dict[str, Path],
+    **curvature: dict[str, Path],
+) -> None:
+    """One dense model from seed and branches. curvature: the statistics that methods read, each of models by name."""
+    from upcycle.dense_merge import write_merged
+
+    made = write_merged(seed, branches, out, config, statistics=_by_model(curvature), advance=run.advance)
+    for method, count in made["averaged"].items():
+        run.say(
+            f"{method}: {count} tensors have no such curvature (no linears' weights, or too large) and are averaged"
+        )
+
+
+def _by_model(curvature: dict[str, dict[str, Path]]) -> dict[str, list[Path]]:
+    """Every model's directories of statistics."""
+    names = dict.fromkeys(name for models in curvature.values() for name in models)
+    return {name: [models[name] for models in curvature.values() if name in models] for name in names}
+
+
+@versioned(3)
 def assemble_moe(
     config: AssembleConfig,
     *,
@@ -121,12 +163,15 @@ def assemble_moe(
     seed: Path,
     branches: dict[str, Path],
     data: dict[str, Path] | None = None,
+    **curvature: dict[str, Path],
 ) -> None:
-    """Seed and branches as one mixture, proved against them. data: of the domains that routers start from, if some do."""
+    """Seed and branches as one mixture, proved against them. data: of the domains that routers start from, if some do.
+    curvature: as in `merge_models`."""
     from upcycle.assembly import write_mixture
     from upcycle.families import is_listed
 
-    written = write_mixture(seed, branches, out, config, advance=run.advance, data=data)
+    statistics = _by_model(curvature)
+    written = write_mixture(seed, branches, out, config, advance=run.advance, data=data, statistics=statistics)
     if config.prove or not is_listed(written.seed):
         from upcycle.proof import prove
 
@@ -150,7 +195,7 @@ def draw_moe(config: dict[str, Any], *, out: Path, run: Run, seed: Path) -> None
     from dataclasses import replace
     from tempfile import TemporaryDirectory
 
-    choice = replace(config["assemble"], merge="seed")
+    choice = replace(config["assemble"], merge=MergeConfig(method="seed"))
     with TemporaryDirectory(dir=out) as folder:
         first, *others = [
             _draw_dense(seed, Path(folder) / name, choice.rng_seed) for name in ("seed", *config["branches"])

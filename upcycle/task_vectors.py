@@ -6,7 +6,7 @@ A seed among the members has τ = 0: it says nothing, except that it is one more
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from typing import Annotated, Literal
 
@@ -44,8 +44,12 @@ def ties(merging: Merging, *, density: Density = 0.2, scale: Scale = 1.0) -> Ten
     that is 0 elects nobody and the entry stays the seed's; theirs takes the sign that most of the model's entries have.
     """
     base = merging.base()
-    trimmed_by = [(member.weight, trimmed(member.tensor.float() - base, density)) for _, member in merging.present]
-    return base.add(elected_mean(trimmed_by), alpha=scale)
+
+    def taus() -> Iterator[tuple[float, Tensor]]:
+        for _, member in merging.present:
+            yield member.weight, trimmed(member.tensor.float() - base, density)
+
+    return base.add(elected_mean(taus), alpha=scale)
 
 
 def dare(
@@ -69,11 +73,12 @@ def dare(
 def dare_ties(merging: Merging, *, drop: Drop = 0.9, scale: Scale = 1.0, rng_seed: RngSeed = 1) -> Tensor:
     """`dare`'s drop and rescale in place of `ties`' trim, then ties' election and disjoint mean. Returns fp32."""
     base = merging.base()
-    kept = [
-        (member.weight, dropped(member.tensor.float() - base, drop, name, merging.name, rng_seed))
-        for name, member in merging.present
-    ]
-    return base.add(elected_mean(kept), alpha=scale)
+
+    def taus() -> Iterator[tuple[float, Tensor]]:
+        for name, member in merging.present:
+            yield member.weight, dropped(member.tensor.float() - base, drop, name, merging.name, rng_seed)
+
+    return base.add(elected_mean(taus), alpha=scale)
 
 
 def trimmed(tau: Tensor, density: float) -> Tensor:
@@ -112,17 +117,19 @@ def stays_mask(count: int, drop: float, branch: str, tensor: str, rng_seed: int)
     return torch.cat(pieces) if pieces else torch.ones(0, dtype=torch.bool)
 
 
-def elected_mean(taus: Sequence[tuple[float, Tensor]]) -> Tensor:
+def elected_mean(taus: Callable[[], Iterable[tuple[float, Tensor]]]) -> Tensor:
     """Mean of those (weight, τ) whose sign is that of Σ w τ, entry by entry; 0 where nobody agrees. An entry that is 0 has no
-    sign, so it neither votes nor counts."""
-    total = torch.zeros_like(taus[0][1])
-    for weight, tau in taus:
+    sign, so it neither votes nor counts. taus: gives them one by one, and is asked twice, so that they need not lie in memory."""
+    total = None
+    for weight, tau in taus():
+        total = torch.zeros_like(tau) if total is None else total
         total.add_(tau, alpha=weight)
-    elected = total.sign()
+    assert total is not None
+    elected = total.sign().to(torch.int8)
     total.zero_()
     counted = torch.zeros_like(total)
-    for weight, tau in taus:
-        agrees = tau.sign() == elected
+    for weight, tau in taus():
+        agrees = tau.sign().to(torch.int8) == elected
         total.add_(torch.where(agrees, tau, 0), alpha=weight)
         counted.add_(agrees, alpha=weight)
     return torch.where(counted > 0, total / counted, 0)

@@ -1,0 +1,116 @@
+"""The merges of a run: are their settings right, which models' curvature do they read, and on which text is it measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from upcycle.config import CurvatureConfig, nearest
+from upcycle.merge_config import MergeConfig
+from upcycle.stages import measure_curvature
+from upcycle.store import Artifact, Store
+
+if TYPE_CHECKING:
+    from launch.config import Config
+
+
+class Curvature:
+    """Declares the stages `curvature/KIND/MODEL`, one pass over one model each, as merges ask for them."""
+
+    def __init__(self, cfg: Config, store: Store, models: Mapping[str, Artifact], data: Mapping[str, Artifact]):
+        self.cfg, self.store, self.models, self.data = cfg, store, models, data
+
+    def read_by(self, merge: MergeConfig, members: Iterable[str]) -> dict[str, dict[str, Artifact]]:
+        """{kind of statistic: its artifact of each model} that the merge of these members reads."""
+        return {kind: {name: self._of(kind, name) for name in read} for kind, read in reads(merge, members).items()}
+
+    def _of(self, kind: str, name: str) -> Artifact:
+        shares = texts_of(self.cfg, name)
+        samples = {
+            field: getattr(self.cfg.curvature, field)
+            for field in CurvatureConfig.__dataclass_fields__
+            if field != "kinds"
+        }
+        config = {"curvature": CurvatureConfig(kinds=(kind,), **samples), "proportions": shares}  # pyright: ignore
+        data = {domain: self.data[domain] for domain in shares}
+        return self.store.stage(
+            f"curvature/{kind}/{name}", measure_curvature, config, model=self.models[name], data=data
+        )
+
+
+def reads(merge: MergeConfig, members: Iterable[str]) -> dict[str, list[str]]:
+    """`merge.readers`. Raises ValueError: see `merge.check_options`."""
+    if merge.record in ("average", "seed"):
+        return {}  # without a look at merge.METHODS, which takes torch
+    from upcycle.merge import readers
+
+    return readers(merge, members)
+
+
+def curvature_stages(merge: MergeConfig, members: Iterable[str]) -> list[list[str]]:
+    """The names of the stages that measure what the merge reads, all side by side; none is no list."""
+    names = [f"curvature/{kind}/{name}" for kind, read in reads(merge, members).items() for name in read]
+    return [names] if names else []
+
+
+def texts_of(cfg: Config, name: str) -> dict[str, float]:
+    """The shares of the domains that a model's curvature is measured on: as `curvature.texts` says, else what it was trained on
+    here, else the domain of its name; a seed that was brought along, all trained domains alike.
+
+    Raises ValueError: a model that was brought along, and nothing says which domain is its own.
+    """
+    if name in cfg.curvature.texts:
+        return cfg.curvature.texts[name]
+    train = cfg.seed.train if name == "seed" else cfg.branches[name].train
+    if train is not None:
+        return {domain: share for domain, share in train.proportions.items() if share > 0}
+    if name in cfg.trained_domains:
+        return {name: 1.0}
+    if name == "seed" and cfg.trained_domains:
+        return dict.fromkeys(cfg.trained_domains, 1.0)
+    add = "" if cfg.trained_domains else ", after adding one as +domains@domains.code=code"
+    raise ValueError(
+        f"a merge reads the curvature of {name}, which was brought along, and nothing says on which text to measure it; write "
+        f"+curvature.texts.{name}={{DOMAIN: 1.0}} with a trained domain ({', '.join(cfg.trained_domains) or 'there is none'}){add}"
+    )
+
+
+def check_merges(cfg: Config, members: Mapping[str, Iterable[str]]) -> None:
+    """Every merge can be made. members: of each mixture, the models that have experts.
+
+    Raises ValueError: see `merge.check_merge`; a merge without branches; curvature without text to measure it on.
+    """
+    if cfg.merges and not cfg.branches:
+        name = next(iter(cfg.merges))
+        raise ValueError(
+            f"merges.{name} has no branch to be made of, expected at least one; give it as branches.NAME.path=DIR"
+        )
+    for name, shares in cfg.curvature.texts.items():
+        if name not in (models := ["seed", *cfg.branches]):
+            raise ValueError(f"curvature.texts.{name}: expected one of {', '.join(models)}{nearest(name, models)}")
+        for domain in shares:
+            if domain not in cfg.trained_domains:
+                raise ValueError(
+                    f"curvature.texts.{name} names {domain!r}, expected one of the trained domains "
+                    f"({', '.join(cfg.trained_domains)}){nearest(domain, cfg.trained_domains)}"
+                )
+    for where, merge, models in merges_of(cfg, members):
+        if merge.record in ("average", "seed"):
+            continue
+        from upcycle.merge import check_merge
+
+        try:
+            check_merge(merge, models)
+            for name in dict.fromkeys(name for read in reads(merge, models).values() for name in read):
+                texts_of(cfg, name)
+        except ValueError as error:
+            raise ValueError(f"{where}{error}") from None
+
+
+def merges_of(cfg: Config, members: Mapping[str, Iterable[str]]) -> Iterator[tuple[str, MergeConfig, list[str]]]:
+    """(where it stands, the merge, the models that have a share) of every merge of the run."""
+    for name, merge in cfg.merges.items():
+        yield "" if name == "merged" else f"merges.{name}: ", merge, ["seed", *cfg.branches]
+    for name, models in members.items():
+        if not cfg.mixtures[name].scratch:
+            yield f"mixtures.{name}.assemble.", cfg.mixtures[name].assemble.merge, list(models)

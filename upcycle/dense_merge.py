@@ -1,0 +1,74 @@
+"""Dense models of one seed -> one dense model, tensor by tensor, and merge.json: how, of what, and how alike they were."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+from upcycle.checkpoint import Checkpoint, CheckpointWriter, Stored, finite
+from upcycle.directories import copy_companions
+from upcycle.durable import write_json
+from upcycle.merge_config import MergeConfig
+from upcycle.merge_report import MergeReport
+from upcycle.merger import Merger, Statistics
+from upcycle.merging import SEED, Member, Merging
+from upcycle.preflight import check_alike
+from upcycle.roles import UNKNOWN
+from upcycle.store import ignore
+
+AVERAGE = MergeConfig()
+
+
+def write_merged(
+    seed_dir: Path,
+    branch_dirs: Mapping[str, Path],
+    out: Path,
+    config: MergeConfig = AVERAGE,
+    include_seed: bool = True,
+    statistics: Mapping[str, Sequence[Path]] | None = None,
+    dtype: str | None = None,
+    max_shard_bytes: int = 4_000_000_000,
+    report: bool = True,
+    advance: Callable[..., None] = ignore,
+) -> dict:
+    """Merge into `out` (an existing directory) and return what merge.json says. Memory: a few tensors, however many layers.
+
+    include_seed: the seed has a share too. statistics: as in `assembly.write_mixture`. dtype: of the result (None: the
+    seed's, tensor by tensor). report: also how large and how alike the branches' τ are, and where TIES sees conflict.
+    Raises ValueError: checkpoints that do not fit together (`check_alike`); see `Merger`.
+    """
+    seed, branches = Checkpoint(seed_dir), {name: Checkpoint(path) for name, path in branch_dirs.items()}
+    check_alike(seed, dict(branches))
+    models = ({SEED: seed} if include_seed else {}) | branches
+    curvature = {name: Statistics(*paths) for name, paths in (statistics or {}).items()}
+    dense = AutoConfig.from_pretrained(seed_dir)
+    merger = Merger(config, seed, dense, list(models), curvature)
+    figures = MergeReport() if report and branches else None
+    writer = CheckpointWriter(out, max_shard_bytes, seed.size_bytes())
+    for number, name in enumerate(seed.names):
+        kind = getattr(torch, dtype) if dtype else seed.get(name).dtype
+        if merger.keeps_seed(name):
+            writer.add(name, finite(seed, name, kind).to(kind))
+        else:
+            writer.add(
+                name, merger.merged(name, {who: Stored(model, name, kind) for who, model in models.items()}, kind)
+            )
+        if figures is not None:
+            facts = merger.facts.get(name, UNKNOWN)
+            own = {who: Member(Stored(model, name, torch.float32)) for who, model in branches.items()}
+            figures.add(facts.layer, facts.role, Merging(name, own, Member(Stored(seed, name, torch.float32))))
+        advance(number + 1, len(seed.names))
+    writer.close()
+    dense.name_or_path = ""  # where the seed lay is no part of the result
+    if dtype:
+        dense.dtype = getattr(torch, dtype)
+    dense.save_pretrained(out)
+    copy_companions(seed_dir, out)
+    made = {"merge": config.record, "models": list(models), "averaged": dict(merger.averaged)}
+    made |= {"curvature": {name: one.about for name, one in curvature.items()}} if curvature else {}
+    made |= {"roles": figures.of_roles(), "layers": figures.rows()} if figures else {}
+    write_json(out / "merge.json", made)
+    return made
