@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import re
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -114,6 +116,10 @@ class Checkpoint:
     def get(self, name: str) -> Tensor:
         return self._open(self.files[name]).get_tensor(self._stored_names[name])
 
+    def close(self) -> None:
+        """Let go of the files, whose pages that were read count as this process's memory; they are opened again when needed."""
+        self._handles.clear()
+
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._open(self.files[name]).get_slice(self._stored_names[name]).get_shape())
 
@@ -134,12 +140,18 @@ class Checkpoint:
         return getattr(torch, DTYPES[Counter(self.stored_dtype(name) for name in self.names).most_common(1)[0][0]])
 
 
+def is_finite(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether all values are finite, and would be in `dtype`; without a copy of the tensor."""
+    ends = torch.stack(tensor.aminmax()) if tensor.numel() else torch.zeros(1)
+    return bool(torch.isfinite(ends.to(dtype or tensor.dtype)).all())
+
+
 def finite(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Tensor:
     """The tensor as stored. Raises ValueError: NaN or infinite values; values that `dtype` cannot hold."""
     tensor = checkpoint.get(name)
-    if not torch.isfinite(tensor).all():
+    if not is_finite(tensor):
         raise ValueError(f"{checkpoint.directory}: {name} holds NaN or infinite values; mend that checkpoint")
-    if not torch.isfinite(tensor.to(dtype)).all():
+    if not is_finite(tensor, dtype):
         kind, largest = str(dtype).removeprefix("torch."), tensor.abs().max().item()
         raise ValueError(
             f"{checkpoint.directory}: {name} holds {largest:.4g}, more than {kind} can; choose assemble.dtype=bfloat16 or float32"
@@ -155,7 +167,9 @@ class Stored:
 
     def float(self) -> Tensor:
         """In fp32. Raises ValueError: see `finite`, of `dtype`."""
-        return finite(self.checkpoint, self.name, self.dtype).float()
+        found = finite(self.checkpoint, self.name, self.dtype).float()
+        self.checkpoint.close()
+        return found
 
 
 IN_MEMORY_BYTES = 128 * 2**20  # of tensors that wait for their shard
@@ -187,12 +201,15 @@ class CheckpointWriter:
         self._total_bytes += size
 
     def _spilled(self, tensor: Tensor) -> Tensor:
-        """The same values in a file that is mapped: it has no name any more, and is gone with the tensor."""
-        path = self.directory / "pending"
-        check_room(self.directory, tensor.numel() * tensor.element_size())
-        mapped = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
-        path.unlink()
-        return mapped.copy_(tensor)
+        """The same values in a mapped file that has no name, and is gone with the tensor; its pages are let go of."""
+        size = tensor.numel() * tensor.element_size()
+        check_room(self.directory, size)
+        with tempfile.TemporaryFile(dir=self.directory) as file:
+            file.truncate(size)
+            pages = mmap.mmap(file.fileno(), size)
+        waiting = torch.frombuffer(pages, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
+        pages.madvise(mmap.MADV_DONTNEED)
+        return waiting
 
     def _shard(self, number: int) -> Path:
         return self.directory / f"shard-{number}.safetensors"

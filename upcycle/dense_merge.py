@@ -60,6 +60,8 @@ def write_merged(
             facts = merger.facts.get(name, UNKNOWN)
             own = {who: Member(Stored(model, name, torch.float32)) for who, model in branches.items()}
             figures.add(facts.layer, facts.role, Merging(name, own, Member(Stored(seed, name, torch.float32))))
+        for model in (seed, *branches.values()):
+            model.close()
         advance(number + 1, len(seed.names))
     writer.close()
     dense.name_or_path = ""  # where the seed lay is no part of the result

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from upcycle.merge_config import ROLES
 from upcycle.merging import SEED, Merging
-from upcycle.task_vectors import trimmed
+from upcycle.task_vectors import BLOCK, trimmed
 
 Pair = tuple[str, str]
-BLOCK = 2**22  # entries that are looked at together
 
 
 @dataclass(frozen=True)
@@ -92,8 +91,9 @@ def ties_entries(merging: Merging, density: float = 0.2) -> dict[str, int]:
         kept = trimmed(tau, density).cpu()
         positive |= kept > 0
         negative |= kept < 0
-    conflict, kept = int((positive & negative).sum()), int((positive | negative).sum())
-    return {"trimmed": positive.numel() - kept, "agreed": kept - conflict, "conflict": conflict}
+        del tau, kept  # before the next one is made
+    conflict, left = int((positive & negative).sum()), int((positive | negative).sum())
+    return {"trimmed": positive.numel() - left, "agreed": left - conflict, "conflict": conflict}
 
 
 def _taus(merging: Merging) -> Iterator[tuple[str, Tensor]]:

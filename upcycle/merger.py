@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from upcycle.checkpoint import Checkpoint, Stored
+from upcycle.checkpoint import Checkpoint, Stored, is_finite
 from upcycle.merge import KEPT, METHODS, check_merge, needed_statistics, readers
 from upcycle.merge_config import MergeConfig, RoleConfig
 from upcycle.merging import SEED, Member, Merging, Readable
@@ -142,7 +142,7 @@ class Merger:
         are not finite, or that `dtype` cannot hold."""
         way = self.way(name)
         found = METHODS[way.method](self.merging(name, tensors), **way.options)
-        if not torch.isfinite(cast := found.to(dtype)).all():
+        if not is_finite(cast := found.to(dtype)):
             largest, kind = found.abs().max().item(), str(dtype).removeprefix("torch.")
             raise ValueError(
                 f"merge={way.method} of {name} makes {largest:.4g}, expected finite values that {kind} can hold; choose another "

@@ -22,6 +22,7 @@ Density = Annotated[float, Field(gt=0, le=1)]
 Drop = Annotated[float, Field(ge=0, lt=1)]
 RngSeed = Annotated[int, Field(ge=0)]
 
+BLOCK = 2**20  # entries that are looked at together
 DRAWN = 2**22  # words drawn at a time: 32 MiB, whatever the tensor's size; part of what keys a mask, like the names
 
 
@@ -84,26 +85,52 @@ def dare_ties(merging: Merging, *, drop: Drop = 0.9, scale: Scale = 1.0, rng_see
 def trimmed(tau: Tensor, density: float) -> Tensor:
     """τ with all but its k = max(1, ⌊density · entries⌋) largest entries set to 0; of equal ones the first in memory stay.
 
-    Exactly k, whatever the values: a threshold alone keeps all that equal it, and topk may take any of them.
+    Exactly k, whatever the values: a threshold alone keeps all that equal it, and topk may take any of them. In place, if τ
+    is contiguous, and with the memory of one block.
     """
-    count = tau.numel()
-    keep = max(1, int(Fraction(str(density)) * count))  # 0.29 of 100 is 29, which floats make 28.999…
-    if keep >= count:
+    keep = max(1, int(Fraction(str(density)) * tau.numel()))  # 0.29 of 100 is 29, which floats make 28.999…
+    if keep >= tau.numel():
         return tau
-    sizes = tau.abs().flatten()
-    threshold = sizes.kthvalue(count - keep + 1).values
-    stays = sizes > threshold
-    equal = (sizes == threshold).nonzero().flatten()
-    stays[equal[: keep - int(stays.sum())]] = True
-    return torch.where(stays.view(tau.shape), tau, 0)
+    flat = tau.contiguous().view(-1)
+    threshold = largest(flat, keep)
+    equal_ones = keep - sum(int((block.abs() > threshold).sum()) for block in flat.split(BLOCK))
+    for block in flat.split(BLOCK):
+        sizes = block.abs()
+        equal = (sizes == threshold).nonzero().flatten()[:equal_ones]
+        equal_ones -= len(equal)
+        stays = sizes > threshold
+        stays[equal] = True
+        block.masked_fill_(~stays, 0)
+    return flat.view(tau.shape)
+
+
+def largest(flat: Tensor, place: int) -> float:
+    """The size of the entry of an fp32 vector that is the `place`-th largest in size, 1 the largest.
+
+    By counting, the upper halves of the numbers' bits first, which order sizes as the numbers do: torch.kthvalue would take
+    three more vectors of memory.
+    """
+    found = 0
+    for shift, mask in ((16, 0x7FFF), (0, 0xFFFF)):
+        counts = torch.zeros(mask + 1, dtype=torch.int64)
+        for block in flat.split(BLOCK):
+            bits = block.abs().cpu().view(torch.int32)
+            if shift == 0:
+                bits = bits[(bits >> 16) == found >> 16]
+            counts += torch.bincount((bits >> shift) & mask, minlength=mask + 1)
+        from_above = counts.flip(0).cumsum(0)
+        above = int((from_above < place).sum())
+        found |= (mask - above) << shift
+        place -= int(from_above[above - 1]) if above else 0
+    return torch.tensor(found, dtype=torch.int32).view(torch.float32).item()
 
 
 def dropped(tau: Tensor, drop: float, branch: str, tensor: str, rng_seed: int) -> Tensor:
-    """τ̃ = m ⊙ τ / (1 − p), each entry of the mask m 0 with probability p = drop, so that E[τ̃] = τ."""
+    """τ̃ = m ⊙ τ / (1 − p), each entry of the mask m 0 with probability p = drop, so that E[τ̃] = τ. In place."""
     if drop == 0:
         return tau
     stays = stays_mask(tau.numel(), drop, branch, tensor, rng_seed).view(tau.shape).to(tau.device)
-    return torch.where(stays, tau / (1 - drop), 0)
+    return tau.div_(1 - drop).masked_fill_(stays.logical_not_(), 0)
 
 
 def stays_mask(count: int, drop: float, branch: str, tensor: str, rng_seed: int) -> Tensor:
@@ -124,12 +151,17 @@ def elected_mean(taus: Callable[[], Iterable[tuple[float, Tensor]]]) -> Tensor:
     for weight, tau in taus():
         total = torch.zeros_like(tau) if total is None else total
         total.add_(tau, alpha=weight)
+        del tau  # before the next one is made
     assert total is not None
     elected = total.sign().to(torch.int8)
     total.zero_()
     counted = torch.zeros_like(total)
     for weight, tau in taus():
-        agrees = tau.sign().to(torch.int8) == elected
-        total.add_(torch.where(agrees, tau, 0), alpha=weight)
-        counted.add_(agrees, alpha=weight)
-    return torch.where(counted > 0, total / counted, 0)
+        parts = (one.reshape(-1).split(BLOCK) for one in (tau, elected))
+        sums = (one.view(-1).split(BLOCK) for one in (total, counted))
+        for values, sign, sum_, count in zip(*parts, *sums, strict=True):
+            agrees = values.sign() == sign
+            sum_.add_(values * agrees, alpha=weight)
+            count.add_(agrees, alpha=weight)
+        del tau, values, parts
+    return total.div_(counted.masked_fill_(counted == 0, 1))
