@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from upcycle.directories import INDEX, SINGLE, check_room, indexed_tensors, model_files, read_config, weight_files
@@ -172,13 +173,25 @@ class Stored:
         return found
 
 
-IN_MEMORY_BYTES = 128 * 2**20  # of tensors that wait for their shard
+COPIED_BYTES = 16 * 2**20  # at a time
+STORED_AS = {name: code for code, name in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """A tensor whose shard is not complete: what the shard's header says of it, and where its bytes wait."""
+
+    dtype: str
+    shape: list[int]
+    start: int
+    size: int
 
 
 class CheckpointWriter:
-    """Writes tensors into shards of at most `max_shard_bytes`, then the index. Memory: IN_MEMORY_BYTES and one tensor; what
-    else waits for its shard lies in mapped files.
+    """Writes tensors into shards of at most `max_shard_bytes`, then the index. Memory: one tensor.
 
+    safetensors' own functions want all tensors of a file at once; here they go to a file without a name one after the other,
+    and from there, behind the header that only then is known, into the shard.
     total_bytes: what is going to be written, if known, so that a disk without the room is noticed before any work. stem: what
     the files' names begin with.
     Raises ValueError: a directory that cannot be written to; a disk without the room.
@@ -187,7 +200,8 @@ class CheckpointWriter:
     def __init__(self, directory: Path, max_shard_bytes: int, total_bytes: int = 0, stem: str = "model"):
         check_room(directory, total_bytes)
         self.directory, self.max_shard_bytes, self.stem = directory, max_shard_bytes, stem
-        self._pending: dict[str, Tensor] = {}
+        self._data = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115  (closed by `close`)
+        self._pending: dict[str, _Waiting] = {}
         self._shards: list[list[str]] = []
         self._pending_bytes = self._total_bytes = 0
 
@@ -195,38 +209,53 @@ class CheckpointWriter:
         size = tensor.numel() * tensor.element_size()
         if self._pending and self._pending_bytes + size > self.max_shard_bytes:
             self._flush()
-        spill = self._pending_bytes + size > IN_MEMORY_BYTES
-        self._pending[name] = self._spilled(tensor) if spill else tensor.contiguous()
+        self._pending[name] = _Waiting(
+            str(tensor.dtype).removeprefix("torch."), list(tensor.shape), self._pending_bytes, size
+        )
+        with self._writing(size):
+            self._data.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         self._pending_bytes += size
         self._total_bytes += size
 
-    def _spilled(self, tensor: Tensor) -> Tensor:
-        """The same values in a mapped file that has no name, and is gone with the tensor; its pages are let go of."""
-        size = tensor.numel() * tensor.element_size()
-        check_room(self.directory, size)
-        with tempfile.TemporaryFile(dir=self.directory) as file:
-            file.truncate(size)
-            pages = mmap.mmap(file.fileno(), size)
-        waiting = torch.frombuffer(pages, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
-        pages.madvise(mmap.MADV_DONTNEED)
-        return waiting
+    @contextmanager
+    def _writing(self, size: int) -> Iterator[None]:
+        """Raises ValueError: what is inside could not write its bytes."""
+        try:
+            check_room(self.directory, size)
+            yield
+        except OSError as error:
+            shard = self._shard(len(self._shards))
+            raise ValueError(f"{shard}: could not write its {size:,} bytes ({error.strerror})") from None
 
     def _shard(self, number: int) -> Path:
         return self.directory / f"shard-{number}.safetensors"
 
     def _flush(self) -> None:
-        shard = self._shard(len(self._shards))
-        check_room(self.directory, self._pending_bytes)
-        try:
-            save_file(self._pending, shard, metadata={"format": "pt"})
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{shard}: could not write its {self._pending_bytes:,} bytes ({error})") from None
+        # Wide numbers first, as safetensors has it: so each tensor lies where its kind of number may.
+        order = sorted(self._pending, key=lambda name: -getattr(torch, self._pending[name].dtype).itemsize)
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in order:
+            one = self._pending[name]
+            header[name] = {"dtype": STORED_AS[one.dtype], "shape": one.shape, "data_offsets": [end, end + one.size]}
+            end += one.size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        with self._writing(end), self._shard(len(self._shards)).open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in order:
+                self._data.seek(self._pending[name].start)
+                for start in range(0, self._pending[name].size, COPIED_BYTES):
+                    file.write(self._data.read(min(COPIED_BYTES, self._pending[name].size - start)))
         self._shards.append(list(self._pending))
+        self._data.seek(0)
+        self._data.truncate()
         self._pending, self._pending_bytes = {}, 0
 
     def close(self) -> None:
         """Write what is left, give the shards their final names and, if there are several, write the index."""
         self._flush()
+        self._data.close()
         count, weight_map = len(self._shards), {}
         for number, names in enumerate(self._shards):
             place = "" if count == 1 else f"-{number + 1:05d}-of-{count:05d}"
