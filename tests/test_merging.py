@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -46,10 +49,13 @@ WAYS = [(name, {}) for name in METHODS] + [
 
 @pytest.fixture(scope="module", params=["llama", "gpt_neox", "llama_tied", "family/gpt2"])
 def models(request, tmp_path_factory) -> dict[str, Path]:
-    """Three continuations of one model, in small shards, as plain transformers writes them."""
-    root = tmp_path_factory.mktemp("models")
     kind, tied = request.param.removesuffix("_tied"), request.param.endswith("_tied")
-    made = dense_models(kind, 3, dtype=torch.float32, tie_word_embeddings=tied)
+    return write_models(tmp_path_factory.mktemp("models"), kind, tie_word_embeddings=tied)
+
+
+def write_models(root: Path, kind: str, **changes) -> dict[str, Path]:
+    """Three continuations of one model, in small shards, as plain transformers writes them."""
+    made = dense_models(kind, 3, dtype=torch.float32, **changes)
     for name, model in zip(NAMES, made, strict=True):
         with torch.no_grad():
             for own, first in zip(model.parameters(), made[0].parameters(), strict=True):
@@ -374,6 +380,47 @@ def test_a_linear_that_is_too_large_for_factors_is_averaged(models, tmp_path):
         merging = merger.merging(name, {who: seed.get(name) for who in NAMES})
         assert (merging.in_axis is not None) == (name in measured)
     assert measured < {name for name in seed.names if facts[name].in_axis is not None}
+
+
+# Beside mergekit -----------------------------------------------------------------------------------------------------
+
+MERGEKIT = {
+    "average": ("linear", {}, {}),
+    "task_arithmetic": ("task_arithmetic", {"lambda": 0.4}, {"scale": 0.4}),
+    "ties": ("ties", {"lambda": 0.7}, {"density": 0.3, "scale": 0.7}),
+}
+
+
+@pytest.mark.parametrize(
+    "kind, changes",
+    [("llama", {"attention_bias": False}), ("family/qwen3", {"attention_bias": False}), ("family/gpt2", {})],
+)
+@pytest.mark.parametrize("method", MERGEKIT)
+def test_mergekit_makes_the_same_models(tmp_path, method, kind, changes):
+    """Where it computes the same formula, with other weights for each model; its masks of DARE are drawn elsewhere. It leaves
+    attention biases of Llamas out, and wants tensors of GPT-NeoX that today's transformers does not write."""
+    models = write_models(tmp_path, kind, **changes)
+    theirs, parameters, options = MERGEKIT[method]
+    weights = {"seed": 0.5, "code": 2.0, "law": 1.0}
+    each = [
+        {"model": str(models[name]), "parameters": {"weight": weights[name], "density": options.get("density", 1.0)}}
+        for name in (NAMES if method == "average" else NAMES[1:])
+    ]
+    plan = {"merge_method": theirs, "models": each, "dtype": "float32", "parameters": parameters}
+    if method == "average":
+        each = [one | {"parameters": {"weight": one["parameters"]["weight"]}} for one in each]
+        plan |= {"models": each}
+    else:
+        plan |= {"base_model": str(models["seed"])}
+    run_merge(
+        MergeConfiguration(**plan),
+        str(tmp_path / "theirs"),
+        MergeOptions(copy_tokenizer=False, quiet=True, device="cpu"),
+    )
+    merged(models, tmp_path / "ours", MergeConfig(method=method, options=options, weights=weights))
+    ours, other = tensors_of(tmp_path / "ours"), tensors_of(tmp_path / "theirs")
+    for name in Checkpoint(models["seed"]).names:
+        torch.testing.assert_close(ours[name], other[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
 # The call ------------------------------------------------------------------------------------------------------------

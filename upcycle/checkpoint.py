@@ -174,7 +174,12 @@ class Stored:
 
 
 COPIED_BYTES = 16 * 2**20  # at a time
-STORED_AS = {name: code for code, name in DTYPES.items()}
+STORED_AS = {name: code for code, name in DTYPES.items()} | {
+    "int64": "I64",
+    "int32": "I32",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,7 @@ def to_dense(
     What the experts share stays as it is. expert: whose feed-forwards (BAM: and attention) it gets; None, the merge of all
     experts' by a method of merge.METHODS that needs nothing else, each with the same weight, whatever the routers say.
     prove: `out` appears only when transformers finds every tensor in it and no other and, with `expert`, when its logits
-    are those of the mixture whose routers are all forced to that expert. Memory: one shard and a few tensors; for the
-    proof, one model in fp32 at a time.
+    are those of the mixture whose routers are all forced to that expert. Memory: a few tensors; for the proof, one model in fp32 at a time.
     Raises ValueError: no mixture there, or of a layout not known here; no such expert or method; `out` is not new or empty.
     """
     mixture, config, out = open_mixture(directory, out)
@@ -50,7 +49,7 @@ def to_dense(
     with atomic_directory(out) as partial:
         writer = CheckpointWriter(partial, max_shard_bytes)
         for name, tensor in dense_tensors(mixture, config, chosen, merge):
-            writer.add(name, tensor.clone(memory_format=torch.contiguous_format))  # a view keeps all experts in memory
+            writer.add(name, tensor)
         writer.close()
         seed: Any = dense_config(config)
         model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(seed)]

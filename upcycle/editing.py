@@ -68,7 +68,7 @@ def add_expert(
     initializer_range (the default where they stay as drawn); or an expert's name, for a copy of its row. The other rows,
     and everything that experts share, stay as they are; routers over every expert then take one more.
     prove: forced to any one of the old experts the logits must be those of before, forced to the new one those of a dense
-    model with the branch's own parts; `out` appears only then. Memory: one shard and a few tensors; for the proof, one
+    model with the branch's own parts; `out` appears only then. Memory: a few tensors; for the proof, one
     model in fp32 at a time (and a dense one).
     Raises ValueError: no mixture there, or of a layout not known here; a branch that is not its seed's model; a name that
     is taken; an unknown router_row; `out` is not new or empty.

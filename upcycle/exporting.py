@@ -56,7 +56,7 @@ def export(
 
     format: a name in FORMATS, "remote_code", or "auto": the first native class that computes the same function, else a
     bundle. A native class is read back with plain transformers and its logits are proved equal, also with left padding
-    and a cache, before `out` appears. Memory: one shard to write, then one model in fp32 at a time (about twice its size
+    and a cache, before `out` appears. Memory: a few tensors, then one model in fp32 at a time (about twice its size
     while transformers stacks the experts it reads). directory: or the name of a mixture on the Hub. report: a run's
     report.json, for the card's figures.
     Raises ValueError: no mixture there, unknown format, `out` is not new or empty or cannot be written to, the mixture

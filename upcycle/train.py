@@ -266,18 +266,18 @@ def _handed_over(loop: Loop, step: int, out: Path, run: Run) -> Snapshot:
 def write_trained(engine: PlainEngine, out: Path) -> None:
     """The trained model as an ordinary Hugging Face directory, the same whatever trained it.
 
-    Tensor by tensor: the first rank holds one shard at most, the others one tensor.
+    Tensor by tensor: no rank holds more than one.
     """
     model, team = engine.model, engine.team
     writer = CheckpointWriter(out, SHARD_BYTES) if team.leads else None
     for name, tensor in engine.full_weights():
         if writer:
-            writer.add(name, tensor.cpu().clone())
+            writer.add(name, tensor)
     if writer:
         kept = set(model.state_dict())
         for name, tensor in model.named_buffers():
             if name in kept:
-                writer.add(name, tensor.cpu())
+                writer.add(name, tensor)
         writer.close()
         model.save_pretrained(out, state_dict={})  # config, generation settings, remote code
 
