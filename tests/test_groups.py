@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from launch.branches import shares
 from launch.config import LaunchConfig
@@ -27,7 +29,7 @@ from upcycle.team import STRATEGIES, asked_strategy
 
 WALK = [
     *TINY, "~mixtures.btx", "~mixtures.btx_top1", "~mixtures.btx_random", "~mixtures.bam_shared_kv", "dense=null", "soup=false",
-    "branch.micro_batch_sequences=4", "mix.tokens=12288",
+    "branch.micro_batch_sequences=4", "mix.tokens=12288", "merge=fisher", "curvature.sequences=5",
 ]  # fmt: skip
 GROUP = ["launch=accelerate", "launch.processes=2"]
 
@@ -231,6 +233,15 @@ def test_accelerate_launch_by_hand_from_any_directory(alone, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("mix/bam                  made in") == 1  # one voice
     assert weights(tmp_path, "mix/bam").keys() == weights(alone, "mix/bam").keys()
+    curvature, theirs = (artifact(where, "curvature/fisher/code") for where in (tmp_path, alone))
+    shutil.rmtree(curvature)
+    measured = accelerate("ddp", "-m", "launch.pipeline", *WALK, "stage=curvature/fisher/code", cwd=tmp_path)
+    assert measured.returncode == 0, measured.stderr[-3000:]
+    assert (curvature / "curvature.json").read_bytes() == (theirs / "curvature.json").read_bytes()
+    ours, other = (load_file(where / "curvature.safetensors") for where in (curvature, theirs))
+    assert ours.keys() == other.keys()
+    for name, expected in other.items():
+        torch.testing.assert_close(ours[name], expected, rtol=1e-3, atol=1e-6 * float(expected.max()), msg=name)
     evaluated = accelerate("ddp", "-m", "launch.pipeline", *WALK, "stage=eval/seed", cwd=tmp_path)
     assert evaluated.returncode == 0, evaluated.stderr[-3000:]
     ours, theirs = (artifact(where, "eval/seed") / "evaluation.json" for where in (tmp_path, alone))
