@@ -56,7 +56,7 @@ class Experiment:
 
 
 def upcycle(cfg: Config, store: Store) -> Experiment:
-    """seed -> branches -> soup, mixtures, dense continuations -> evaluations -> report."""
+    """seed -> branches -> merges, mixtures, dense continuations -> evaluations -> report."""
     data, tokenizer = _data(cfg, store) if cfg.seed.path is None else ({}, None)
     seed = _seed(cfg, store, tokenizer, data)
     if cfg.seed.path is not None:
@@ -75,26 +75,12 @@ def upcycle(cfg: Config, store: Store) -> Experiment:
             used = add(used, consumed(branch.train))  # the next branch's share of a common domain is other text
         models[name], kinds[name] = branches[name], "branch"
 
-    if cfg.soup:
-        models["soup"] = store.stage("soup", merge_models, MergeConfig(), seed=seed, branches=branches)
-        kinds["soup"], lineages["soup"] = "soup", _followed(_together(cfg, lineages), ["soup"])
-
     curvature = Curvature(cfg, store, {"seed": seed} | branches, data)
-    for name, merge in cfg.merges.items():
-        found = curvature.read_by(merge, ["seed", *branches])
-        models[name] = store.stage(f"merge/{name}", merge_models, merge, seed=seed, branches=branches, **found)
-        kinds[name] = "merge"
-        lineages[name] = _followed(
-            _together(cfg, lineages), *curvature_stages(merge, ["seed", *branches]), [f"merge/{name}"]
-        )
-
-    if cfg.greedy_soup:
-        chosen = replace(cfg.eval, split="valid", bootstrap_samples=0)  # never the split that it is measured on
-        trained = {name: data[name] for name in cfg.trained_domains}
-        models["greedy_soup"] = store.stage(
-            "greedy_soup", greedy_soup, chosen, seed=seed, branches=branches, data=trained
-        )
-        kinds["greedy_soup"], lineages["greedy_soup"] = "soup", _followed(_together(cfg, lineages), ["greedy_soup"])
+    merges = _merged(cfg, store, seed, branches, data, curvature)
+    for name, stage in merges.items():
+        before = curvature_stages(cfg.merges[name], ["seed", *branches]) if name in cfg.merges else []
+        models[name], kinds[name] = stage, "merge" if name in cfg.merges else "soup"
+        lineages[name] = _followed(_together(cfg, lineages), *before, [stage.name])
 
     if cfg.btm is not None:
         kinds["btm"], lineages["btm"] = "ensemble", replace(_together(cfg, lineages), copies=1 + len(cfg.branches))
@@ -115,8 +101,32 @@ def upcycle(cfg: Config, store: Store) -> Experiment:
         models[name] = _train(store, name, train, seed_used, seed, data)
         kinds[name], lineages[name] = "dense", lineages["seed"].trained(train, [name])
 
-    mixtures, merges = ({name: models[name] for name in names} for names in (cfg.mixtures, cfg.merges))
-    return Experiment(store, lineages, mixtures, merges, _measured(cfg, store, models, kinds, lineages, data))
+    mixtures, own = ({name: models[name] for name in names} for names in (cfg.mixtures, cfg.merges))
+    return Experiment(store, lineages, mixtures, own, _measured(cfg, store, models, kinds, lineages, data))
+
+
+def _merged(
+    cfg: Config,
+    store: Store,
+    seed: Artifact,
+    branches: dict[str, Artifact],
+    data: dict[str, Artifact],
+    curvature: Curvature,
+) -> dict[str, Artifact]:
+    """The dense models that are made of seed and branches: the soups, and the run's own merges."""
+    found = {}
+    if cfg.soup:
+        found["soup"] = store.stage("soup", merge_models, MergeConfig(), seed=seed, branches=branches)
+    if cfg.greedy_soup:
+        chosen = replace(cfg.eval, split="valid", bootstrap_samples=0)  # never the split that it is measured on
+        trained = {name: data[name] for name in cfg.trained_domains}
+        found["greedy_soup"] = store.stage(
+            "greedy_soup", greedy_soup, chosen, seed=seed, branches=branches, data=trained
+        )
+    for name, merge in cfg.merges.items():
+        read = curvature.read_by(merge, ["seed", *branches])
+        found[name] = store.stage(f"merge/{name}", merge_models, merge, seed=seed, branches=branches, **read)
+    return found
 
 
 def _assembled(
