@@ -29,7 +29,7 @@ THEME = {
 SERIES = [THEME[f"s{index}"] for index in range(8)]
 MARKERS = "osD^vPX*"
 DASHES = ["-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1, 2))]
-HATCHES = {"branch": "....", "dense": "////", "soup": "xxxx", "ensemble": "||||"}
+HATCHES = {"branch": "....", "dense": "////", "soup": "xxxx", "merge": "\\\\\\\\", "ensemble": "||||"}
 STYLE = {
     "font.size": 9,
     "font.family": "sans-serif",

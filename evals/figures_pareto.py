@@ -17,7 +17,7 @@ PANELS = {
     "train_flops": "training FLOPs of everything behind the model",
     "active_parameters": "active parameters",
 }
-KINDS = {"seed": "s", "branch": "D", "dense": "X", "soup": "P", "ensemble": "*"}  # matplotlib's markers
+KINDS = {"seed": "s", "branch": "D", "dense": "X", "soup": "P", "merge": "h", "ensemble": "*"}  # matplotlib's markers
 MIXTURE = "o"
 LINE_INCHES = 0.15  # of a label
 

@@ -56,9 +56,9 @@ def _bar_panel(report: Mapping[str, Any], title: str, column: Mapping[str, float
 def bar_key(report: Mapping[str, Any]) -> str:
     """What each bar's pattern and each line's dash stands for."""
     kinds = {model["kind"] for model in report["models"].values()}
-    bars_shown = [kind for kind in ("branch", "dense", "soup", "ensemble", "seed") if kind in kinds]
+    bars_shown = [kind for kind in ("branch", "dense", "soup", "merge", "ensemble", "seed") if kind in kinds]
     items = [(f"bar {kind}", {"seed": "seed (plain)"}.get(kind, kind)) for kind in bars_shown]
-    if kinds - {"seed", "branch", "dense", "soup", "ensemble", "oracle"}:
+    if kinds - {"seed", "branch", "dense", "soup", "merge", "ensemble", "oracle"}:
         items.append(("bar", "mixture"))
     items += [(f"line {kind}", f"{kind}, as a line") for kind in ("seed", "oracle") if kind in kinds]
     marks = "".join(f'<li><span><i class="{mark}"></i></span>{label}</li>' for mark, label in items)

@@ -16,6 +16,7 @@ SHAPES = {
     "branch": "diamond",
     "dense": "cross",
     "soup": "plus",
+    "merge": "hexagon",
     "ensemble": "star",
     "mixture": "circle",
 }

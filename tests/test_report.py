@@ -402,6 +402,15 @@ def test_a_bar_far_beyond_the_seeds_is_cut_and_keeps_its_figure(report):
     assert widths and max(widths) <= 1
 
 
+def test_a_merge_is_drawn_as_no_mixture(report):
+    other = copy.deepcopy(report)
+    other["models"]["soup"]["kind"] = "merge"
+    plain, html = render_page(report), render_page(other)
+    drawn = plain.count('class="bar soup"')
+    assert drawn > 1 and html.count('class="bar merge"') == drawn and "bar soup" not in html
+    assert ">merge</li>" in html and ">mixture</li>" in html and "hexagon merge" in html
+
+
 def test_figures_are_written_as_svg_and_png_and_repeat(report, written, tmp_path):
     names = {path.name for path in (written / "figures").iterdir()}
     for name in (
