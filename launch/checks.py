@@ -212,7 +212,11 @@ def _check_positions(cfg: Config) -> None:
     windows = {where: train.sequence_length for where, train in cfg.runs().items()}
     windows |= {"eval": cfg.eval.sequence_length} if cfg.domains else {}
     merges = [*cfg.merges.values(), *(one.assemble.merge for one in cfg.mixtures.values())]
-    windows |= {"curvature": cfg.curvature.sequence_length} if any(reads(one, ["seed"]) for one in merges) else {}
+    windows |= (
+        {"curvature": cfg.curvature.sequence_length}
+        if cfg.curvature.compare or any(reads(one, ["seed"]) for one in merges)
+        else {}
+    )
     for where, length in windows.items():
         if length > positions:
             raise ValueError(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from upcycle.config import CurvatureConfig, nearest
 from upcycle.merge_config import MergeConfig
-from upcycle.stages import measure_curvature
+from upcycle.stages import compare_curvature, measure_curvature
 from upcycle.store import Artifact, Store
 
 if TYPE_CHECKING:
@@ -23,6 +23,12 @@ class Curvature:
     def read_by(self, merge: MergeConfig, members: Iterable[str]) -> dict[str, dict[str, Artifact]]:
         """{kind of statistic: its artifact of each model} that the merge of these members reads."""
         return {kind: {name: self._of(kind, name) for name in read} for kind, read in reads(merge, members).items()}
+
+    def compared(self) -> None:
+        """Declares the stages `curvature/compared/MODEL`."""
+        for name, model in self.models.items():
+            both = {kind: self._of(kind, name) for kind in ("fisher", "hessian")}
+            self.store.stage(f"curvature/compared/{name}", compare_curvature, None, model=model, **both)
 
     def _of(self, kind: str, name: str) -> Artifact:
         shares = texts_of(self.cfg, name)
@@ -94,6 +100,8 @@ def check_merges(cfg: Config, members: Mapping[str, Iterable[str]]) -> None:
                     f"curvature.texts.{name} names {domain!r}, expected one of the trained domains "
                     f"({', '.join(cfg.trained_domains)}){nearest(domain, cfg.trained_domains)}"
                 )
+    for name in ["seed", *cfg.branches] if cfg.curvature.compare else []:
+        texts_of(cfg, name)
     for where, merge, models in merges_of(cfg, members):
         if merge.record in ("average", "seed"):
             continue

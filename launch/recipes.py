@@ -76,6 +76,8 @@ def upcycle(cfg: Config, store: Store) -> Experiment:
         models[name], kinds[name] = branches[name], "branch"
 
     curvature = Curvature(cfg, store, {"seed": seed} | branches, data)
+    if cfg.curvature.compare:
+        curvature.compared()
     merges = _merged(cfg, store, seed, branches, data, curvature)
     for name, stage in merges.items():
         before = curvature_stages(cfg.merges[name], ["seed", *branches]) if name in cfg.merges else []

@@ -3,13 +3,17 @@
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 
 from tests import reference
 from tests.domains import write_tokens
 from tests.tiny import dense_models
 from upcycle.batches import Batches
 from upcycle.config import CurvatureConfig
-from upcycle.curvature import linears, measure, sampled_labels, signs
+from upcycle.curvature import linears, measure, sampled_labels, signs, write_statistics
+from upcycle.curvature_report import compare_diagonals, in_words
+from upcycle.merger import Statistics
+from upcycle.roles import tensor_facts
 from upcycle.team import Team
 
 S = 6
@@ -135,3 +139,35 @@ def test_draws_follow_the_probabilities_and_signs_are_fair():
 def test_batches_of_several_sequences_are_refused(tmp_path, data):
     with pytest.raises(ValueError, match="single sequences, got batches of 2"):
         measure(model_of(), Batches(data, {"low": 1.0}, S, 2, 1), CurvatureConfig(sequence_length=S), tmp_path)
+
+
+def test_two_estimates_of_one_diagonal_side_by_side(tmp_path, data):
+    """Each figure against numpy's and scipy's on the whole tensors; the model's own losses make the Hessian's negative in part."""
+    model = model_of()
+    found = measured(tmp_path, data, model, kinds=("fisher", "hessian"), sequences=20)
+    directories = {}
+    for kind in ("fisher", "hessian"):
+        directories[kind] = tmp_path / kind
+        directories[kind].mkdir()
+        some = {name: tensor for name, tensor in found.items() if name.startswith(kind)}
+        write_statistics(some, CurvatureConfig(kinds=(kind,)), {"low": 20 * S}, directories[kind])
+    fisher, hessian = (Statistics(path) for path in directories.values())
+    norm = fisher.of(("fisher_norm",), "any")["fisher_norm"]
+    both = {
+        kind: {name.split("/")[1]: tensor.double().numpy() for name, tensor in found.items() if name.startswith(kind)}
+        for kind in ("fisher", "hessian")
+    }
+    every = {kind: np.concatenate([one.ravel() for one in tensors.values()]) for kind, tensors in both.items()}
+    assert norm.item() == pytest.approx(np.linalg.norm(every["fisher"]), rel=1e-6)
+    report = compare_diagonals(fisher, hessian, tensor_facts(model.config))
+    assert set(report) == {"attention", "mlp", "norm", "embedding", "head", "all"}
+    whole = report["all"]
+    assert (
+        whole["entries"] == len(every["fisher"]) == sum(row["entries"] for role, row in report.items() if role != "all")
+    )
+    assert whole["trace"] == pytest.approx({kind: values.sum() for kind, values in every.items()}, rel=1e-6)
+    assert whole["below_0"] == (every["hessian"] < 0).mean() > 0
+    assert whole["rank_correlation"] == pytest.approx(spearmanr(every["fisher"], every["hessian"]).statistic)
+    assert len(in_words(report)) == 1 + len(report)
+    with pytest.raises(ValueError, match="the two estimates are of different tensors"):
+        compare_diagonals(fisher, fisher, tensor_facts(model.config))

@@ -74,6 +74,15 @@ def test_merges_are_stages_and_curvature_is_measured_once_for_all_of_them():
     assert found.lineages["btx"].stages[2][0] == "curvature/fisher/seed"
 
 
+def test_estimates_of_curvature_are_compared_where_that_is_asked_for():
+    stages = declared("experiment=tiny", "curvature.compare=true", "merge=fisher").store.stages
+    compared = stages["curvature/compared/law"]
+    assert compared.inputs["fisher"] == stages["curvature/fisher/law"]
+    assert {name for name in stages if name.startswith("curvature/hessian/")} == {
+        f"curvature/hessian/{name}" for name in ("seed", "code", "law", "math")
+    }
+
+
 def test_what_is_measured_is_part_of_the_key_and_nothing_else_changes():
     keys = {
         more: {

@@ -291,9 +291,12 @@ class CurvatureConfig(SamplesConfig):
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TextsConfig(SamplesConfig):
     """Of every model whose curvature a merge of the run reads. texts: for each model by name, the shares of the domains that it
-    is measured on; one that is not named, on what it was trained on here."""
+    is measured on; one that is not named, on what it was trained on here. compare: for seed and branches, the Fisher's diagonal
+    against Hutchinson's estimate of the Hessian's.
+    """
 
     texts: dict[str, dict[str, float]] = Field(default_factory=dict)
+    compare: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -52,6 +52,10 @@ class Statistics:
         """What was measured, on what."""
         return [json.loads((Path(one) / f"{STEM}.json").read_text()) for one in self.directories]
 
+    def tensors(self, key: str) -> list[str]:
+        """The names of the tensors that it has this of."""
+        return [name.removeprefix(f"{key}/") for name in self._held if name.startswith(f"{key}/")]
+
     def has(self, key: str, tensor: str) -> bool:
         return f"{key}/{tensor}" in self._held
 

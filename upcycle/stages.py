@@ -128,6 +128,21 @@ def measure_curvature(config: dict[str, Any], *, out: Path, run: Run, model: Pat
         run.team.wait()
 
 
+@versioned(1)
+def compare_curvature(config: None, *, out: Path, run: Run, model: Path, fisher: Path, hessian: Path) -> None:
+    """curvature_report.json: the Fisher's diagonal of a model against Hutchinson's estimate of the Hessian's."""
+    from transformers import AutoConfig
+
+    from upcycle.curvature_report import compare_diagonals, in_words
+    from upcycle.merger import Statistics
+    from upcycle.roles import tensor_facts
+
+    found = compare_diagonals(Statistics(fisher), Statistics(hessian), tensor_facts(AutoConfig.from_pretrained(model)))
+    write_json(out / "curvature_report.json", found)
+    for line in in_words(found):
+        run.say(line)
+
+
 @versioned(3)
 def merge_models(
     config: MergeConfig,
