@@ -49,12 +49,13 @@ def _compared(fisher: Statistics, hessian: Statistics, names: list[str]) -> dict
             negative += int((flat < 0).sum())
         entries += sizes[name]
     a, b = (torch.cat(parts).double().numpy() for parts in ranked.values())
+    ranks: Any = spearmanr
     constant = a.min() == a.max() or b.min() == b.max()
     return {
         "entries": entries,
         "trace": traces,
         "below_0": negative / entries,
-        "rank_correlation": None if constant else float(spearmanr(a, b)[0]),
+        "rank_correlation": None if constant else float(ranks(a, b).statistic),
     }
 
 
