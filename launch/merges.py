@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from upcycle.config import CurvatureConfig, nearest
+from upcycle.config import CurvatureConfig, SamplesConfig, nearest
 from upcycle.merge_config import MergeConfig
-from upcycle.stages import compare_curvature, measure_curvature
+from upcycle.stages import compare_curvature, compare_task_arithmetic, measure_curvature
 from upcycle.store import Artifact, Store
 
 if TYPE_CHECKING:
     from launch.config import Config
+
+TASK_ARITHMETIC_SCALE = 0.4  # merge.METHODS' own default
 
 
 class Curvature:
@@ -30,18 +32,28 @@ class Curvature:
             both = {kind: self._of(kind, name) for kind in ("fisher", "hessian")}
             self.store.stage(f"curvature/compared/{name}", compare_curvature, None, model=model, **both)
 
-    def _of(self, kind: str, name: str) -> Artifact:
-        shares = texts_of(self.cfg, name)
-        samples = {
-            field: getattr(self.cfg.curvature, field)
-            for field in CurvatureConfig.__dataclass_fields__
-            if field != "kinds"
+    def error_of_task_arithmetic(self, target: Artifact) -> None:
+        """Declares the stage `curvature/task_arithmetic`: its distance from `target`, measured and predicted."""
+        branches = {name: model for name, model in self.models.items() if name != "seed"}
+        inputs = {
+            "at_target": {name: self._of("gradient", name, target, f"{name}-at-{target.name}") for name in branches},
+            "at_branch": {name: self._of("gradient", name) for name in branches},
         }
+        self.store.stage(
+            "curvature/task_arithmetic", compare_task_arithmetic, {"scale": TASK_ARITHMETIC_SCALE},
+            seed=self.models["seed"], branches=branches, target=target, fisher=self._of("fisher", "seed"), **inputs,
+        )  # fmt: skip
+
+    def _of(self, kind: str, name: str, model: Artifact | None = None, title: str | None = None) -> Artifact:
+        """A statistic of a model, or of another `model` on that one's text."""
+        shares, own = texts_of(self.cfg, name), self.cfg.curvature
+        samples = {field: getattr(own, field) for field in SamplesConfig.__dataclass_fields__}
+        if kind == "gradient":
+            samples["labels"] = "observed"
         config = {"curvature": CurvatureConfig(kinds=(kind,), **samples), "proportions": shares}  # pyright: ignore
         data = {domain: self.data[domain] for domain in shares}
-        return self.store.stage(
-            f"curvature/{kind}/{name}", measure_curvature, config, model=self.models[name], data=data
-        )
+        stage = f"curvature/{kind}/{title or name}"
+        return self.store.stage(stage, measure_curvature, config, model=model or self.models[name], data=data)
 
 
 def reads(merge: MergeConfig, members: Iterable[str]) -> dict[str, list[str]]:

@@ -103,6 +103,9 @@ def upcycle(cfg: Config, store: Store) -> Experiment:
         models[name] = _train(store, name, train, seed_used, seed, data)
         kinds[name], lineages[name] = "dense", lineages["seed"].trained(train, [name])
 
+    if cfg.curvature.compare and "dense" in models:
+        curvature.error_of_task_arithmetic(models["dense"])
+
     mixtures, own = ({name: models[name] for name in names} for names in (cfg.mixtures, cfg.merges))
     return Experiment(store, lineages, mixtures, own, _measured(cfg, store, models, kinds, lineages, data))
 

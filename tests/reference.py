@@ -951,3 +951,13 @@ def hessian_diagonal(model: nn.Module, sequence: list[int], names: tuple[str, ..
                 entries.append(second.flatten()[index])
             found[name] = torch.stack(entries).view_as(parameter)
     return found
+
+
+def mean_gradient(model: nn.Module, sequences: list[list[int]]) -> dict[str, Tensor]:
+    """Of each tensor the mean over sequences of the gradient of Σ_t −log p(x_t)."""
+    losses = []
+    for sequence in sequences:
+        log_p = model(torch.tensor([sequence])).logits[0].log_softmax(-1)
+        losses.append(-sum(log_p[place, token] for place, token in enumerate(sequence[1:])))
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(sum(losses) / len(losses), parameters), strict=True))

@@ -11,9 +11,9 @@ from tests.tiny import dense_models
 from upcycle.batches import Batches
 from upcycle.config import CurvatureConfig
 from upcycle.curvature import linears, measure, sampled_labels, signs, write_statistics
-from upcycle.curvature_report import compare_diagonals, in_words
+from upcycle.curvature_report import compare_diagonals, compare_error, error_in_words, in_words
 from upcycle.merger import Statistics
-from upcycle.roles import tensor_facts
+from upcycle.roles import TensorFacts, tensor_facts
 from upcycle.team import Team
 
 S = 6
@@ -171,3 +171,59 @@ def test_two_estimates_of_one_diagonal_side_by_side(tmp_path, data):
     assert len(in_words(report)) == 1 + len(report)
     with pytest.raises(ValueError, match="the two estimates are of different tensors"):
         compare_diagonals(fisher, fisher, tensor_facts(model.config))
+
+
+def test_the_gradient_is_that_of_the_text(tmp_path, data):
+    model = model_of()
+    found = measured(tmp_path, data, model, labels="observed", kinds=("gradient",))
+    expected = reference.mean_gradient(model.double(), [batches_of(data).batch(n)[0].tolist() for n in range(3)])
+    assert {name.removeprefix("gradient/") for name in found} == set(expected)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[f"gradient/{name}"].double(), gradient, rtol=2e-3, atol=1e-5, msg=name)
+    with pytest.raises(ValueError, match="kinds=gradient with labels=sampled is 0 on average; write labels=observed"):
+        CurvatureConfig(kinds=("gradient",))
+
+
+def test_task_arithmetic_errs_as_predicted_where_losses_are_quadratic(tmp_path):
+    """And not where the target is another point. Losses ½ (θ − m_i)² H_i; each branch, and the target with Σ α of them, is at the
+    minimum of its loss and the pull ½ (θ − θ_0)² H_0 towards the seed."""
+    scale, shapes, names = 0.4, {"a.weight": (3, 4), "b.weight": (5,)}, ("seed", "code", "law")
+    facts = {"a.weight": TensorFacts("mlp", 0), "b.weight": TensorFacts("norm", 0)}
+    g = torch.Generator().manual_seed(0)
+    lowest = {who: {name: torch.randn(shape, generator=g) for name, shape in shapes.items()} for who in names}
+    hessian = {who: {name: torch.rand(shape, generator=g) + 0.5 for name, shape in shapes.items()} for who in names}
+
+    def minimum(name: str, weights: dict[str, float]) -> torch.Tensor:
+        above = sum(w * hessian[who][name] * lowest[who][name] for who, w in weights.items())
+        return above / sum(w * hessian[who][name] for who, w in weights.items())
+
+    theta = {who: {name: minimum(name, {"seed": 1.0, who: 1.0}) for name in shapes} for who in names}
+    target = {name: minimum(name, {"seed": 1.0, "code": scale, "law": scale}) for name in shapes}
+
+    def statistics(kind: str, place: str, tensors: dict) -> Statistics:
+        (tmp_path / place).mkdir()
+        config = CurvatureConfig(kinds=(kind,), labels="observed")
+        write_statistics({f"{kind}/{name}": tensor for name, tensor in tensors.items()}, config, {}, tmp_path / place)
+        return Statistics(tmp_path / place)
+
+    class Model(dict):  # as much of a checkpoint as is asked for
+        get = dict.__getitem__
+
+    def report(at: dict, place: str) -> dict:
+        gradients = {}
+        for who in names[1:]:
+            both = [{n: hessian[who][n] * (where[n] - lowest[who][n]) for n in shapes} for where in (at, theta[who])]
+            gradients[who] = tuple(statistics("gradient", f"{place}-{who}-{n}", one) for n, one in enumerate(both))
+        fisher = statistics("fisher", f"{place}-fisher", hessian["seed"])
+        return compare_error({who: Model(theta[who]) for who in names}, Model(at), fisher, gradients, scale, facts)
+
+    found = report(target, "minimum")
+    assert set(found) == {"mlp", "norm", "all"} and list(found["all"]) == ["1e-12", "0.01", "1"]
+    for role in found.values():
+        row = role["1e-12"]
+        assert row["cosine"] == pytest.approx(1, abs=1e-5) and row["predicted"] == pytest.approx(
+            row["measured"], rel=1e-4
+        )
+    elsewhere = report({name: -3 * tensor for name, tensor in target.items()}, "elsewhere")["all"]["1e-12"]
+    assert abs(elsewhere["predicted"] / elsewhere["measured"] - 1) > 0.05
+    assert len(error_in_words(found)) == 1 + 3 * 3

@@ -83,6 +83,21 @@ def test_estimates_of_curvature_are_compared_where_that_is_asked_for():
     }
 
 
+def test_task_arithmetic_is_held_against_the_dense_continuation():
+    stages = declared("experiment=tiny", "curvature.compare=true").store.stages
+    error = stages["curvature/task_arithmetic"]
+    assert error.inputs["target"] == stages["dense"] and error.inputs["fisher"] == stages["curvature/fisher/seed"]
+    for name in ("code", "law", "math"):
+        at_target, at_branch = error.inputs["at_target"][name], error.inputs["at_branch"][name]
+        assert at_target.config == at_branch.config and at_target.config["curvature"].labels == "observed"
+        assert at_target.inputs["model"] == stages["dense"] and at_branch.inputs["model"] == stages[f"branch/{name}"]
+        assert at_target.inputs["data"] == at_branch.inputs["data"]
+    assert (
+        "curvature/task_arithmetic"
+        not in declared("experiment=tiny", "curvature.compare=true", "dense=null").store.stages
+    )
+
+
 def test_what_is_measured_is_part_of_the_key_and_nothing_else_changes():
     keys = {
         more: {

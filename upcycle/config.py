@@ -285,14 +285,25 @@ class SamplesConfig:
 class CurvatureConfig(SamplesConfig):
     """What is measured of a model's loss around its weights (curvature.measure)."""
 
-    kinds: tuple[Literal["fisher", "gram", "kfac", "hessian"], ...] = Field(default=("fisher",), min_length=1)
+    kinds: tuple[Literal["fisher", "gram", "kfac", "hessian", "gradient"], ...] = Field(
+        default=("fisher",), min_length=1
+    )
+
+    @model_validator(mode="after")
+    def _of_the_text(self):
+        if "gradient" in self.kinds and self.labels == "sampled":
+            raise ValueError(
+                "kinds=gradient with labels=sampled is 0 on average; write labels=observed, for the text's own"
+            )
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TextsConfig(SamplesConfig):
     """Of every model whose curvature a merge of the run reads. texts: for each model by name, the shares of the domains that it
     is measured on; one that is not named, on what it was trained on here. compare: for seed and branches, the Fisher's diagonal
-    against Hutchinson's estimate of the Hessian's.
+    against Hutchinson's estimate of the Hessian's; and how far task arithmetic is from the dense continuation, if there is one,
+    against what its theory predicts.
     """
 
     texts: dict[str, dict[str, float]] = Field(default_factory=dict)

@@ -28,7 +28,13 @@ from upcycle.losses import next_token_labels
 from upcycle.team import ALONE, Team
 
 # What each kind is called in curvature.safetensors, before "/" and the tensor's name.
-STATISTICS = {"fisher": ("fisher",), "gram": ("gram",), "kfac": ("kfac_in", "kfac_out"), "hessian": ("hessian",)}
+STATISTICS = {
+    "fisher": ("fisher",),
+    "gram": ("gram",),
+    "kfac": ("kfac_in", "kfac_out"),
+    "hessian": ("hessian",),
+    "gradient": ("gradient",),
+}
 
 SHARD_BYTES = 4_000_000_000
 
@@ -93,6 +99,7 @@ def measure(
     or as they are (observed: the empirical Fisher). gram: (I, I) of a linear's inputs, X^T X / T. kfac_in, kfac_out: (I, I) mean
     of x x^T over tokens, (O, O) of g g^T summed over a sequence's tokens, g the gradient of that sum by the linear's output;
     their Kronecker product stands for the Fisher matrix. hessian: (1/N) Σ_n v ⊙ ∇²(Σ_t −log p(x_t)) v, v of random signs.
+    gradient: (1/N) Σ_n ∇ Σ_t −log p(x_t).
     scratch: a directory for the sums. Raises ValueError: batches of more than one sequence.
     """
     if batches.batch_sequences != 1:
@@ -102,7 +109,7 @@ def measure(
     mine = range(team.rank, config.sequences, team.size)
     for number in mine:
         ids_1S = torch.from_numpy(batches.batch(number)).to(team.device)
-        if {"fisher", "gram", "kfac"} & set(config.kinds):
+        if {"fisher", "gram", "kfac", "gradient"} & set(config.kinds):
             _first_order(model, ids_1S, config, number, sums)
         if "hessian" in config.kinds:
             _second_order(model, ids_1S, config, number, sums)
@@ -114,8 +121,8 @@ def measure(
 
 
 def _first_order(model: PreTrainedModel, ids_1S: Tensor, config: CurvatureConfig, number: int, sums: Sums) -> None:
-    """Add one sequence's Fisher diagonal, Gram matrices and Kronecker factors."""
-    backward = bool({"fisher", "kfac"} & set(config.kinds))
+    """Add one sequence's Fisher diagonal, gradient, Gram matrices and Kronecker factors."""
+    backward = bool({"fisher", "kfac", "gradient"} & set(config.kinds))
     with ExitStack() as hooks, torch.set_grad_enabled(backward):
         for name, module, _, _ in linears(model, config.largest_factor):
             hooks.enter_context(_seen(module, name, config.kinds, sums))
@@ -130,6 +137,8 @@ def _first_order(model: PreTrainedModel, ids_1S: Tensor, config: CurvatureConfig
     for name, parameter in model.named_parameters():
         if "fisher" in config.kinds and parameter.grad is not None:
             sums.add(f"fisher/{name}", parameter.grad.float().square())
+        if "gradient" in config.kinds and parameter.grad is not None:
+            sums.add(f"gradient/{name}", parameter.grad)
         parameter.grad = None
 
 

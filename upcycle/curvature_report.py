@@ -1,4 +1,4 @@
-"""Two estimates of one diagonal side by side: the Fisher's, and Hutchinson's of the Hessian.
+"""What theory says of a model's curvature against what is measured: two estimates of one diagonal, and task arithmetic's error.
 
 Where a model predicts its text as it claims to, the expected Hessian is the Fisher matrix, and the two agree (arXiv:1412.1193,
 section 9); the Fisher's is never below 0, Hutchinson's can be, by noise or because there is no minimum.
@@ -13,9 +13,12 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from upcycle.checkpoint import Checkpoint
+from upcycle.merge_report import task_arithmetic_error
 from upcycle.merger import Statistics
 from upcycle.roles import UNKNOWN, TensorFacts
 
+DAMPINGS = (1e-12, 1e-2, 1.0)  # the paper's, and shares of the mean of H_0
 RANKED = 100_000  # entries of a role whose ranks are compared, evenly spread over its tensors
 
 
@@ -66,4 +69,66 @@ def in_words(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
         rank = "–" if row["rank_correlation"] is None else f"{row['rank_correlation']:.2f}"
         traces = [f"{row['trace'][kind]:10.3g}" for kind in ("fisher", "hessian")]
         lines.append(f"{role:10} {' '.join(traces)} {row['below_0']:10.0%} {rank:>10}")
+    return lines
+
+
+def compare_error(
+    models: Mapping[str, Checkpoint],
+    target: Checkpoint,
+    fisher: Statistics,
+    gradients: Mapping[str, tuple[Statistics, Statistics]],
+    scale: float,
+    facts: Mapping[str, TensorFacts],
+) -> dict[str, dict[str, Any]]:
+    """Task arithmetic's error, θ* − θ_TA with θ* = `target`, as measured and as `task_arithmetic_error` predicts it.
+
+    models: the seed ("seed") and the branches. fisher: the seed's, as H_0. gradients: of each branch's loss, at the target and at
+    the branch. For each role, and "all": ‖measured‖, and for each damping of H_0 ‖predicted‖ and the cosine of the two.
+    """
+    mean = fisher_mean(fisher)
+    dampings = {f"{one:g}": one if one < 1e-9 else one * mean for one in DAMPINGS}
+    sums: dict[str, dict[str, list[float]]] = {}
+    for name in sorted(fisher.tensors("fisher")):
+        measured = _missed(models, target, scale, name).double()
+        for label, damping in dampings.items():
+            each = {
+                branch: tuple(one.of(("gradient",), name)["gradient"] for one in both)
+                for branch, both in gradients.items()
+            }
+            alphas = dict.fromkeys(gradients, scale)
+            predicted = task_arithmetic_error(fisher.of(("fisher",), name)["fisher"], each, alphas, damping).double()  # pyright: ignore
+            found = [(measured**2).sum().item(), (predicted**2).sum().item(), (measured * predicted).sum().item()]
+            for role in (facts.get(name, UNKNOWN).role, "all"):
+                own = sums.setdefault(role, {}).setdefault(label, [0.0, 0.0, 0.0])
+                own[:] = [a + b for a, b in zip(own, found, strict=True)]
+    order = [*sorted(role for role in sums if role != "all"), "all"]
+    return {role: {label: _norms(*sums[role][label]) for label in dampings} for role in order}
+
+
+def fisher_mean(fisher: Statistics) -> float:
+    """Mean entry of a Fisher's diagonal over all tensors."""
+    every = [fisher.of(("fisher",), name)["fisher"] for name in fisher.tensors("fisher")]
+    return sum(one.double().sum().item() for one in every) / sum(one.numel() for one in every)
+
+
+def _missed(models: Mapping[str, Checkpoint], target: Checkpoint, scale: float, name: str) -> Tensor:
+    seed = models["seed"].get(name).float()
+    moved = sum(
+        (model.get(name).float() - seed for who, model in models.items() if who != "seed"), start=torch.zeros_like(seed)
+    )
+    return target.get(name).float() - seed - scale * moved
+
+
+def _norms(measured: float, predicted: float, product: float) -> dict[str, float | None]:
+    size = (measured * predicted) ** 0.5
+    return {"measured": measured**0.5, "predicted": predicted**0.5, "cosine": product / size if size else None}
+
+
+def error_in_words(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line for each role and damping."""
+    lines = [f"{'tensors':10} {'damping':>8} {'measured':>10} {'predicted':>10} {'cosine':>7}"]
+    for role, of_damping in found.items():
+        for label, row in of_damping.items():
+            cosine = "–" if row["cosine"] is None else f"{row['cosine']:.2f}"
+            lines.append(f"{role:10} {label:>8} {row['measured']:10.3g} {row['predicted']:10.3g} {cosine:>7}")
     return lines

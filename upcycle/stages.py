@@ -143,6 +143,37 @@ def compare_curvature(config: None, *, out: Path, run: Run, model: Path, fisher:
         run.say(line)
 
 
+@versioned(1)
+def compare_task_arithmetic(
+    config: dict[str, Any],
+    *,
+    out: Path,
+    run: Run,
+    seed: Path,
+    branches: dict[str, Path],
+    target: Path,
+    fisher: Path,
+    at_target: dict[str, Path],
+    at_branch: dict[str, Path],
+) -> None:
+    """error.json: how far task arithmetic of the branches is from `target`, measured and predicted. config: `scale`. fisher: the
+    seed's. at_target, at_branch: the gradient of each branch's loss there."""
+    from transformers import AutoConfig
+
+    from upcycle.checkpoint import Checkpoint
+    from upcycle.curvature_report import compare_error, error_in_words
+    from upcycle.merger import Statistics
+    from upcycle.roles import tensor_facts
+
+    models = {name: Checkpoint(path) for name, path in ({"seed": seed} | branches).items()}
+    gradients = {name: (Statistics(at_target[name]), Statistics(at_branch[name])) for name in branches}
+    facts = tensor_facts(AutoConfig.from_pretrained(seed))
+    found = compare_error(models, Checkpoint(target), Statistics(fisher), gradients, config["scale"], facts)
+    write_json(out / "error.json", found)
+    for line in error_in_words(found):
+        run.say(line)
+
+
 @versioned(3)
 def merge_models(
     config: MergeConfig,
