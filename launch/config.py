@@ -118,7 +118,7 @@ def build(raw: dict[str, Any]) -> Config:
         if not isinstance(items, dict):
             raise ValueError(f"{key}={items}: expected settings by name; give each as {key}.NAME.KEY=VALUE")
     if (one := raw.pop("merge", None)) is not None:
-        raw["merges"] = {"merged": one} | (raw.get("merges") or {})
+        raw["merges"] = _with_merge(raw.get("merges") or {}, one)
     raw["dry_run"] = shared["assemble"].pop("dry_run", False)
     _check_shared_assembly(shared["assemble"], own["mixtures"])
     raw["branches"] = {name: _branch(name, item, shared["branch"]) for name, item in own["branches"].items()}
@@ -131,6 +131,15 @@ def build(raw: dict[str, Any]) -> Config:
     except ValidationError as error:
         lines = [_as_written(line, own, shared) for line in in_words(Config, error)]
         raise ValueError("\n".join(dict.fromkeys(lines))) from None
+
+
+def _with_merge(merges: Any, one: Any) -> Any:
+    """`merges` and the one that is set by `merge`."""
+    if not isinstance(merges, dict):
+        return merges  # pydantic names it
+    if "merged" in merges:
+        raise ValueError("merge and merges.merged are two settings of one model; leave one out, or give the other another name")
+    return {"merged": one} | merges
 
 
 def _check_shared_assembly(shared: dict, mixtures: dict[str, Any]) -> None:

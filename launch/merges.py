@@ -112,6 +112,8 @@ def check_merges(cfg: Config, members: Mapping[str, Iterable[str]]) -> None:
                     f"curvature.texts.{name} names {domain!r}, expected one of the trained domains "
                     f"({', '.join(cfg.trained_domains)}){nearest(domain, cfg.trained_domains)}"
                 )
+    if cfg.curvature.texts and not cfg.curvature.compare and not any(reads(merge, m) for _, merge, m in merges_of(cfg, members)):
+        raise ValueError("curvature.texts has no effect: no merge of this run reads curvature; leave it out")
     for name in ["seed", *cfg.branches] if cfg.curvature.compare else []:
         texts_of(cfg, name)
     for where, merge, models in merges_of(cfg, members):

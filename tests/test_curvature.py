@@ -227,3 +227,39 @@ def test_task_arithmetic_errs_as_predicted_where_losses_are_quadratic(tmp_path):
     elsewhere = report({name: -3 * tensor for name, tensor in target.items()}, "elsewhere")["all"]["1e-12"]
     assert abs(elsewhere["predicted"] / elsewhere["measured"] - 1) > 0.05
     assert len(error_in_words(found)) == 1 + 3 * 3
+
+
+def test_fewer_sequences_than_ranks_are_refused(tmp_path, data):
+    with pytest.raises(
+        ValueError, match="sequences=1 is fewer than the 2 processes that share them; raise curvature.sequences"
+    ):
+        measured(tmp_path, data, sequences=1, team=Team(0, 2, "ddp"))
+
+
+def test_linears_without_the_batchs_axis_are_seen_whole(tmp_path, data):
+    """OPT's feed-forwards take (positions, features)."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    from tests.tiny import VOCAB
+
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 16,
+        "ffn_dim": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "word_embed_proj_dim": 16,
+    }
+    model = OPTForCausalLM(OPTConfig(vocab_size=VOCAB, max_position_embeddings=32, dropout=0.0, **sizes)).eval()
+    found = measured(tmp_path, data, model, labels="observed", kinds=("gram", "kfac"))
+    layer, seen = model.model.decoder.layers[0], {}
+    for part in ("fc1", "fc2"):
+        getattr(layer, part).register_forward_pre_hook(lambda _m, args, part=part: seen.setdefault(part, []).append(args[0]))
+    for number in range(3):
+        model(torch.from_numpy(batches_of(data).batch(number)))
+    for part, sizes in (("fc1", (16, 24)), ("fc2", (24, 16))):
+        name, rows = f"model.decoder.layers.0.{part}.weight", [one[:-1] for one in seen[part]]
+        assert rows[0].shape == (S - 1, sizes[0])
+        expected = sum(one.T @ one for one in rows) / (3 * (S - 1))
+        torch.testing.assert_close(found[f"gram/{name}"], expected.detach(), rtol=1e-4, atol=1e-6)
+        assert found[f"kfac_out/{name}"].shape == (sizes[1], sizes[1])

@@ -203,12 +203,13 @@ def test_checkpoints_are_merged_by_one_command(models, tmp_path):
 
 
 def test_every_method_has_its_merge_in_the_experiment():
-    cfg = configured("experiment=merging")
+    cfg = configured("experiment=merging", "rng_seed=7")
     ways = set(METHODS) - {"average", "weighted"}
-    assert {name: merge.record for name, merge in cfg.merges.items()} == {name: name for name in ways}
+    assert {name: merge.method for name, merge in cfg.merges.items()} == {name: name for name in ways}
+    assert cfg.merges["dare"].options == {"rng_seed": 7} and cfg.merges["ties"].record == "ties"
     for kind in ("btx", "bam"):
         assert cfg.mixtures[kind].assemble.merge == MergeConfig()
         for name in ways:
             start, trained = cfg.mixtures[f"{kind}_{name}_start"], cfg.mixtures[f"{kind}_{name}"]
-            assert start.assemble == trained.assemble and trained.assemble.merge.record == name
+            assert start.assemble == trained.assemble and trained.assemble.merge == cfg.merges[name]
             assert start.train is None and trained.train == cfg.mixtures[kind].train

@@ -24,6 +24,7 @@ from upcycle.assembly import write_mixture
 from upcycle.checkpoint import Checkpoint, CheckpointWriter
 from upcycle.config import CurvatureConfig
 from upcycle.dense_merge import write_merged
+from upcycle.explain import explain
 from upcycle.families import family_of
 from upcycle.merge import METHODS, check_merge, needed_statistics, readers
 from upcycle.merge_config import ROLES, MergeConfig, RoleConfig, from_record
@@ -283,8 +284,16 @@ def test_what_is_no_expert_is_merged_as_the_dense_models_are(models, curvature, 
         assert torch.equal(moe.get(piece.target), piece.cut(dense.get(piece.sources[0]))), piece.target
     proof = prove(tmp_path / "moe", models)
     facts = tensor_facts(config_of_seed(config))
-    norms = sum(facts[piece.sources[0]].role == "norm" for piece in pieces)
-    assert proof["merged_tensors_compared"] == (len(pieces) if method in ("ties", "dare") else norms)
+    found = [facts[piece.sources[0]] for piece in pieces]
+    norms = sum(one.role == "norm" for one in found)
+    averaged = sum(one.role != "norm" and one.in_axis is None for one in found) if method in ("regmean", "mats") else 0
+    assert proof["merged_tensors_compared"] == (len(pieces) if method in ("ties", "dare") else norms + averaged)
+    record = json.loads((tmp_path / "moe" / "assembly.json").read_text())
+    assert record.get("averaged", {}) == ({method: averaged} if averaged else {})
+    origins = {row.target: row.origin for row in explain(tmp_path / "moe").tensors}
+    for piece, one in zip(pieces, found, strict=True):
+        other = "averaged" if averaged and one.in_axis is None else f"merged by {method}"
+        assert origins[piece.target] == ("the seed's" if one.role == "norm" else other)
 
 
 @pytest.mark.parametrize("role", ["attention", "norm", "embedding"])
@@ -445,7 +454,7 @@ def test_one_call_measures_what_the_method_reads(models, tmp_path):
     data = {name: write_tokens(tmp_path / f"text-{name}", rng_seed=n) for n, name in enumerate(NAMES)}
     samples = {"sequences": 40, "sequence_length": 8}
     call = {"seed": models["seed"], "branches": branches, "method": "fisher"}
-    out = upcycle.merge_models(**call, out=tmp_path / "out", data=data, curvature=samples)
+    out = upcycle.merge_models(**call, out=tmp_path / "out", data=data, samples=samples)
     made = json.loads((out / "merge.json").read_text())
     assert {name: found[0]["tokens"] for name, found in made["curvature"].items()} == {
         name: {name: 320} for name in NAMES
@@ -453,18 +462,52 @@ def test_one_call_measures_what_the_method_reads(models, tmp_path):
     assert not list(tmp_path.glob("tmp*"))
     del data["law"]
     with pytest.raises(
-        ValueError, match="method=fisher reads the curvature of seed, code, law, and data has no text of law"
+        ValueError, match="merge=fisher reads the curvature of seed, code, law, and data has no text of law"
     ):
         upcycle.merge_models(**call, out=tmp_path / "none", data=data)
-    with pytest.raises(ValueError, match=r"data=\{seed, code\} has no effect: method=ties reads no curvature"):
+    with pytest.raises(ValueError, match=r"data=\{seed, code\} has no effect: merge=ties reads no curvature of it"):
         upcycle.merge_models(**call | {"method": "ties"}, out=tmp_path / "none", data=data)
-    with pytest.raises(ValueError, match="curvature has no effect: method=ties reads none"):
-        upcycle.merge_models(**call | {"method": "ties"}, out=tmp_path / "none", curvature=samples)
+    with pytest.raises(ValueError, match="samples has no effect: merge=ties reads no curvature"):
+        upcycle.merge_models(**call | {"method": "ties"}, out=tmp_path / "none", samples=samples)
     with pytest.raises(ValueError, match="sequence_lenght: unknown key; did you mean sequence_length"):
-        upcycle.merge_models(**call, out=tmp_path / "none", curvature={"sequence_lenght": 8})
+        upcycle.merge_models(**call, out=tmp_path / "none", samples={"sequence_lenght": 8})
     with pytest.raises(ValueError, match="exists already and is not an empty directory"):
         upcycle.merge_models(**call | {"method": "ties"}, out=out)
+    with pytest.raises(ValueError, match="samples.sequence_length=65 exceeds the seed's 64 positions"):
+        upcycle.merge_models(
+            **call, out=tmp_path / "none", data=data | {"law": data["seed"]}, samples={"sequence_length": 65}
+        )
+    with pytest.raises(ValueError, match="dtype='fp16' is not known; expected float32, bfloat16, float16"):
+        upcycle.merge_models(**call | {"method": "ties"}, out=tmp_path / "none", dtype="fp16")
+    with pytest.raises(ValueError, match="branches is empty, expected at least one"):
+        upcycle.merge_models(seed=models["seed"], branches={}, out=tmp_path / "none")
+    with pytest.raises(
+        ValueError, match=r"merge=fisher reads the curvature \(fisher\) of the models, which this call does not measure"
+    ):
+        upcycle.assemble(seed=models["seed"], branches=branches, out=tmp_path / "none", merge="fisher")
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.filterwarnings("ignore:branch .* does not look like a continuation")
+def test_an_option_of_a_method_is_one_of_the_call(models, tmp_path):
+    branches = {name: models[name] for name in ("code", "law")}
+    upcycle.merge_models(
+        seed=models["seed"], branches=branches, out=tmp_path / "mats", method="mats", curvature="identity"
+    )
+    merged(models, tmp_path / "average")
+    one, other = tensors_of(tmp_path / "mats"), tensors_of(tmp_path / "average")
+    for name in Checkpoint(models["seed"]).names:  # C = I
+        torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_role_that_nothing_has_is_refused(models, tmp_path):
+    other = MergeConfig(roles={"other": RoleConfig(method="ties")})
+    with pytest.raises(ValueError, match="merge.roles.other has no effect: no tensor that is merged has that role"):
+        merged(models, tmp_path / "out", other)
+    bam = AssembleConfig(attention="mixture", merge=MergeConfig(roles={"attention": RoleConfig(method="ties")}))
+    (tmp_path / "moe").mkdir()
+    with pytest.raises(ValueError, match="merge.roles.attention has no effect"):
+        write_mixture(models["seed"], {name: models[name] for name in ("code", "law")}, tmp_path / "moe", bam)
 
 
 @pytest.mark.filterwarnings("ignore:branch .* does not look like a continuation")

@@ -19,6 +19,7 @@ from upcycle.explain import explain_plan
 from upcycle.explanation import Explanation
 from upcycle.families import is_listed
 from upcycle.init_texts import domains_needed, sources_of
+from upcycle.merge import readers
 from upcycle.mistakes import in_words
 from upcycle.mixture_config import AssembleConfig
 from upcycle.proof import prove
@@ -90,6 +91,11 @@ def assemble(
         raise ValueError(
             f"data={{{', '.join(texts)}}} has no effect: no router starts from training text; leave it out, or set "
             'router={"init": {"kind": "domain_centroid"}}'
+        )
+    if read := readers(choice.merge, ["seed", *branches]):
+        raise ValueError(
+            f"merge={choice.merge.words} reads the curvature ({', '.join(read)}) of the models, which this call does not measure; set "
+            "mixtures.NAME.assemble.merge in a run, or take a method that reads none"
         )
     if out is None and not dry_run:
         raise ValueError("out is missing; name the directory that the mixture is to be written to")

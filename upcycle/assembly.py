@@ -142,6 +142,8 @@ def write_mixture(
     dtype = getattr(torch, choice.dtype) if choice.dtype else seed.dtype()
     curvature = {name: Statistics(*paths) for name, paths in (statistics or {}).items()}
     merger = Merger(choice.merge, seed, dense_config(config), list(found.models), curvature)
+    merger.check_statistics()
+    merger.check_roles(piece.sources[0] for piece in pieces if piece.origin == "merged")
     total_bytes = Shape.of_config(config.to_dict()).parameters * dtype.itemsize if is_listed(config.seed) else 0
     writer, rows = CheckpointWriter(out, choice.max_shard_bytes, total_bytes), []
     for number, piece in enumerate(pieces):
@@ -162,6 +164,7 @@ def write_mixture(
         write_text_rows(out, choice, texts)
     made = {"experts": config.experts, "merge": choice.merge.record, "placed": asdict(found)}
     made |= {"curvature": {name: one.about for name, one in curvature.items()}} if curvature else {}
+    made |= {"averaged": dict(merger.averaged)} if merger.averaged else {}
     made |= {"router_init": said(choice, texts), "tensors": rows}
     write_json(out / "assembly.json", made)
     return config
@@ -187,7 +190,7 @@ def _make(
         (source,) = piece.sources
         if (method := merger.method(source)) != choice.merge.method:
             row["method"] = method
-        stored = {name: Stored(checkpoints[name], source, dtype) for name in models}
+        stored = {name: Stored(checkpoints[name], source) for name in models}
         return piece.cut(merger.merged(source, stored, dtype)), row
     sources = {name: [finite(checkpoints[name], s, dtype) for s in piece.sources] for name in models}
     cuts = {name: [piece.cut(tensor.to(dtype)) for tensor in tensors] for name, tensors in sources.items()}

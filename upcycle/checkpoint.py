@@ -163,12 +163,18 @@ def finite(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Tensor:
 class Stored:
     """A tensor of a checkpoint that is read where its values are asked for, and kept by nobody."""
 
-    def __init__(self, checkpoint: Checkpoint, name: str, dtype: torch.dtype):
-        self.checkpoint, self.name, self.dtype, self.shape = checkpoint, name, dtype, torch.Size(checkpoint.shape(name))
+    def __init__(self, checkpoint: Checkpoint, name: str):
+        self.checkpoint, self.name, self.shape = checkpoint, name, torch.Size(checkpoint.shape(name))
 
     def float(self) -> Tensor:
-        """In fp32. Raises ValueError: see `finite`, of `dtype`."""
-        found = finite(self.checkpoint, self.name, self.dtype).float()
+        """In fp32. Raises ValueError: NaN or infinite values, there or as stored."""
+        found = finite(self.checkpoint, self.name, torch.float32).float()
+        self.checkpoint.close()
+        return found
+
+    def mapped(self) -> Tensor:
+        """As stored; its pages are read when they are looked at."""
+        found = self.checkpoint.get(self.name)
         self.checkpoint.close()
         return found
 
@@ -203,7 +209,9 @@ class CheckpointWriter:
     """
 
     def __init__(self, directory: Path, max_shard_bytes: int, total_bytes: int = 0, stem: str = "model"):
-        check_room(directory, total_bytes)
+        check_room(
+            directory, total_bytes + min(total_bytes, max_shard_bytes)
+        )  # a shard is written beside what waits for it
         self.directory, self.max_shard_bytes, self.stem = directory, max_shard_bytes, stem
         self._data = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115  (closed by `close`)
         self._pending: dict[str, _Waiting] = {}

@@ -309,6 +309,13 @@ class TextsConfig(SamplesConfig):
     texts: dict[str, dict[str, float]] = Field(default_factory=dict)
     compare: bool = False
 
+    @model_validator(mode="after")
+    def _says_texts(self):
+        for name, shares in self.texts.items():
+            if not shares or min(shares.values()) < 0 or sum(shares.values()) <= 0:
+                raise ValueError(f"texts.{name}={shares} must name domains with shares >= 0 that sum above 0")
+        return self
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ContinuationsConfig:

@@ -8,6 +8,7 @@ V vocabulary, I in- and O out-features of a linear.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -48,6 +49,8 @@ class Sums:
     def add(self, name: str, value: Tensor) -> None:
         if name not in self.tensors:
             path = self.scratch / f"{len(self.tensors)}.sum"
+            with path.open("wb") as file:  # now, for a disk that is full later would end the process
+                os.posix_fallocate(file.fileno(), 0, max(1, 4 * value.numel()))
             flat = torch.from_file(str(path), shared=True, size=value.numel(), dtype=torch.float32)
             self.tensors[name] = flat.zero_().view(value.shape)
         self.tensors[name].add_(value.detach().float().cpu())
@@ -100,10 +103,15 @@ def measure(
     of x x^T over tokens, (O, O) of g g^T summed over a sequence's tokens, g the gradient of that sum by the linear's output;
     their Kronecker product stands for the Fisher matrix. hessian: (1/N) Σ_n v ⊙ ∇²(Σ_t −log p(x_t)) v, v of random signs.
     gradient: (1/N) Σ_n ∇ Σ_t −log p(x_t).
-    scratch: a directory for the sums. Raises ValueError: batches of more than one sequence.
+    scratch: a directory for the sums. Raises ValueError: batches of more than one sequence; more ranks than sequences.
     """
     if batches.batch_sequences != 1:
         raise ValueError(f"curvature goes by single sequences, got batches of {batches.batch_sequences}")
+    if config.sequences < team.size:
+        raise ValueError(
+            f"sequences={config.sequences} is fewer than the {team.size} processes that share them; raise curvature.sequences, or start "
+            "fewer processes"
+        )
     sums = Sums(scratch)
     model = model.to(team.device).eval().requires_grad_(True)
     mine = range(team.rank, config.sequences, team.size)
@@ -142,13 +150,24 @@ def _first_order(model: PreTrainedModel, ids_1S: Tensor, config: CurvatureConfig
         parameter.grad = None
 
 
+def _positions(x: Tensor) -> Tensor:
+    """(T, features) of one sequence, with or without the batch's axis, less the last position."""
+    return x.reshape(-1, x.shape[-1])[:-1].float()
+
+
+def _products(g: Tensor) -> Tensor:
+    """Σ g g^T over positions; the last one's g is 0."""
+    rows = _positions(g)
+    return rows.T @ rows
+
+
 @contextmanager
 def _seen(module: nn.Module, name: str, kinds: tuple[str, ...], sums: Sums):
     """While open, the linear's inputs and the gradients of its outputs are added up. The last position predicts nothing: its
     input is left out, and its gradient is 0."""
 
     def inputs(_module, arguments):
-        x_TI = arguments[0].detach()[0, :-1].float()
+        x_TI = _positions(arguments[0].detach())
         gram_II = x_TI.T @ x_TI / len(x_TI)
         for kind in kinds:
             if kind in ("gram", "kfac"):
@@ -156,7 +175,7 @@ def _seen(module: nn.Module, name: str, kinds: tuple[str, ...], sums: Sums):
 
     def outputs(_module, _arguments, out_1SO):
         if out_1SO.requires_grad:
-            out_1SO.register_hook(lambda g_1SO: sums.add(f"kfac_out/{name}", g_1SO[0].float().T @ g_1SO[0].float()))
+            out_1SO.register_hook(lambda g_1SO: sums.add(f"kfac_out/{name}", _products(g_1SO)))
 
     handles = []
     if "gram" in kinds or "kfac" in kinds:

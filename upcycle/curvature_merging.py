@@ -71,14 +71,17 @@ def regmean(merging: Merging, *, off_diagonal: Share = 0.9, ridge: NotNegative =
     if merging.in_axis is None:
         return mean
     turned = _inputs_first(mean, merging)
-    total, right = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    total, right = None, torch.zeros_like(turned)
     for name, member in merging.present:
-        gram = member.weight * _shrunk(merging.statistic("gram", name, member), off_diagonal)
-        total, right = total + gram, right + gram @ (_inputs_first(member.tensor.float(), merging) - turned)
+        gram = _shrunk(merging.statistic("gram", name, member), off_diagonal).mul_(member.weight)
+        right.addmm_(gram, _inputs_first(member.tensor.float(), merging) - turned)
+        total = gram if total is None else total.add_(gram)
+    assert total is not None
     seen = (total.diagonal() > 0).nonzero().flatten()  # a positive semi-definite matrix is 0 beside a 0 of its diagonal
     if len(seen) == 0:
         return mean
-    total, right = total[seen][:, seen], right[seen]
+    if len(seen) < len(total):
+        total, right = total[seen][:, seen], right[seen]
     total.diagonal().add_(ridge * total.diagonal().mean())
     turned[seen] += _solved(total, right, merging)
     return _as_stored(turned, merging)
@@ -216,7 +219,7 @@ def _between(left: Tensor, right: Tensor, x: Tensor) -> Tensor:
 
 def _shrunk(matrix: Tensor, off_diagonal: float) -> Tensor:
     """A float64 copy whose entries off the diagonal are `off_diagonal` times as large."""
-    shrunk = matrix.double() * off_diagonal
+    shrunk = matrix.to(torch.float64, copy=True).mul_(off_diagonal)
     shrunk.diagonal().copy_(matrix.diagonal())
     return shrunk
 

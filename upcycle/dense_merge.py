@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig
 
-from upcycle.checkpoint import Checkpoint, CheckpointWriter, Stored, finite
+from upcycle.checkpoint import DTYPES, Checkpoint, CheckpointWriter, Stored, finite
 from upcycle.directories import copy_companions
 from upcycle.durable import write_json
 from upcycle.merge_config import MergeConfig
 from upcycle.merge_report import MergeReport
 from upcycle.merger import Merger, Statistics
-from upcycle.merging import SEED, Member, Merging
+from upcycle.merging import SEED, Member
 from upcycle.preflight import check_alike
 from upcycle.roles import UNKNOWN
 from upcycle.store import ignore
@@ -46,20 +47,22 @@ def write_merged(
     curvature = {name: Statistics(*paths) for name, paths in (statistics or {}).items()}
     dense = AutoConfig.from_pretrained(seed_dir)
     merger = Merger(config, seed, dense, list(models), curvature)
+    merger.check_statistics()
+    merger.check_roles(seed.names)
     figures = MergeReport() if report and branches else None
-    writer = CheckpointWriter(out, max_shard_bytes, seed.size_bytes())
+    kinds = {name: getattr(torch, dtype or DTYPES[seed.stored_dtype(name)]) for name in seed.names}
+    total_bytes = sum(kinds[name].itemsize * math.prod(seed.shape(name)) for name in seed.names)
+    writer = CheckpointWriter(out, max_shard_bytes, total_bytes)
     for number, name in enumerate(seed.names):
-        kind = getattr(torch, dtype) if dtype else seed.get(name).dtype
+        stored = {who: Stored(model, name) for who, model in models.items()}
         if merger.keeps_seed(name):
-            writer.add(name, finite(seed, name, kind).to(kind))
+            writer.add(name, finite(seed, name, kinds[name]).to(kinds[name]))
         else:
-            writer.add(
-                name, merger.merged(name, {who: Stored(model, name, kind) for who, model in models.items()}, kind)
-            )
+            writer.add(name, merger.merged(name, stored, kinds[name]))
         if figures is not None:
             facts = merger.facts.get(name, UNKNOWN)
-            own = {who: Member(Stored(model, name, torch.float32)) for who, model in branches.items()}
-            figures.add(facts.layer, facts.role, Merging(name, own, Member(Stored(seed, name, torch.float32))))
+            own = {who: Member(stored[who], config.weights.get(who, 1.0)) for who in branches}
+            figures.add(facts.layer, facts.role, own, Member(Stored(seed, name)))
         for model in (seed, *branches.values()):
             model.close()
         advance(number + 1, len(seed.names))

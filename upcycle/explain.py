@@ -230,7 +230,13 @@ def explain_plan(
 
 def _method(piece: Any, merge: MergeConfig, facts: Mapping[str, Any]) -> str:
     """By what a planned tensor is merged, if it is."""
-    return merge.of(facts[piece.sources[0]].role).method if piece.origin == "merged" else ""
+    from upcycle.merge import by_linears_only
+
+    if piece.origin != "merged":
+        return ""
+    found = facts[piece.sources[0]]
+    way = merge.of(found.role)
+    return "average" if by_linears_only(way, found.in_axis) else way.method
 
 
 def _planned(

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from upcycle.config import nearest
 from upcycle.curvature_merging import fisher, gradient_matching, mats, regmean
-from upcycle.merge_config import MergeConfig
+from upcycle.merge_config import MergeConfig, RoleConfig
 from upcycle.merging import SEED, Merging, average
 from upcycle.task_vectors import dare, dare_ties, task_arithmetic, ties
 
 Options = Mapping[str, Any]
+OF_LINEARS = {"gram", "kfac_in", "kfac_out"}  # statistics that only linears' weights have
 KEPT = "seed"  # in settings, in a method's place: the tensor is the seed's own
 
 
@@ -150,13 +151,24 @@ def check_merge(config: MergeConfig, models: Iterable[str]) -> None:
 
 def statistics_of(config: MergeConfig) -> tuple[str, ...]:
     """The kinds of curvature (curvature.STATISTICS) that some tensors' method reads, in sorted order."""
-    keys = {key for way in config.ways if way.method != KEPT for key in needed_statistics(way.method, way.options)}
-    return tuple(sorted({key.split("_")[0] for key in keys}))
+    return tuple(sorted({kind for way in config.ways for kind in kinds_of(way)}))
+
+
+def kinds_of(way: RoleConfig) -> set[str]:
+    """The kinds of curvature that a method reads with its options."""
+    keys = () if way.method == KEPT else needed_statistics(way.method, way.options)
+    return {key.split("_")[0] for key in keys}
 
 
 def readers(config: MergeConfig, members: Iterable[str]) -> dict[str, list[str]]:
     """{kind of curvature: the models whose it is} that a merge of these members reads; the seed's also where it is no member."""
-    seed = any(METHODS[way.method].reads_seed for way in config.ways if way.method != KEPT)
     weighed = [name for name in members if config.weights.get(name, 1.0) > 0]
-    first = [SEED] if seed and SEED not in weighed else []
-    return dict.fromkeys(statistics_of(config), first + weighed)
+    seeds = {
+        kind for way in config.ways if way.method != KEPT and METHODS[way.method].reads_seed for kind in kinds_of(way)
+    }
+    return {kind: ([SEED] if kind in seeds and SEED not in weighed else []) + weighed for kind in statistics_of(config)}
+
+
+def by_linears_only(way: RoleConfig, in_axis: int | None) -> bool:
+    """Whether the method reads what only linears' weights have, and the tensor is none: it is averaged."""
+    return in_axis is None and way.method != KEPT and bool(OF_LINEARS & set(needed_statistics(way.method, way.options)))

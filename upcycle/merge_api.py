@@ -29,6 +29,8 @@ from upcycle.relatedness import check_related
 from upcycle.stages import measure_curvature
 from upcycle.store import Run, ignore
 
+DTYPES = (None, "float32", "bfloat16", "float16")
+
 
 def merge_models(
     *,
@@ -39,7 +41,7 @@ def merge_models(
     weights: Mapping[str, float] | None = None,
     roles: Mapping[str, Any] | None = None,
     data: Mapping[str, str | Path] | None = None,
-    curvature: Mapping[str, Any] | None = None,
+    samples: Mapping[str, Any] | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     max_shard_bytes: int = 4_000_000_000,
     **options: Any,
@@ -52,42 +54,53 @@ def merge_models(
     gives it 0. method, options: one of merge.METHODS and what it takes. weights: of models by name, 1 where none is given.
     roles: another method (a name, or {"method": ..., "options": ...}) for "attention", "mlp", "norm", "embedding", "head".
     data: a folder of token arrays (`data.tokenize_domain`) for each model by name, on whose training split a method that
-    reads curvature measures it; `curvature`: fields of SamplesConfig, how. dtype: of the result; None is the seed's.
+    reads curvature measures it; `samples`: fields of SamplesConfig, how. dtype: of the result; None is the seed's.
     The directory appears only when everything in it is written; merge.json says how it was made, and how alike the branches are.
     Warns as `assemble` does. Raises ValueError: checkpoints that do not fit together, options that are not the method's,
     curvature that cannot be measured, data that nothing reads; `out` is not new or empty.
     """
     settings = {"method": method, "options": options, "weights": dict(weights or {}), "roles": dict(roles or {})}
-    config, samples = validated(MergeConfig, settings), validated(SamplesConfig, dict(curvature or {}))
+    config, measured = validated(MergeConfig, settings), validated(SamplesConfig, dict(samples or {}))
     start, paths = resolve(seed), {name: resolve(path) for name, path in branches.items()}
     check_merge(config, [SEED, *paths])
     read, texts = readers(config, [SEED, *paths]), {name: Path(folder) for name, folder in (data or {}).items()}
-    _check_texts(method, read, texts, curvature is not None)
+    _check_texts(config, read, texts, samples is not None)
     check_new(Path(out))
+    if not paths:
+        raise ValueError("branches is empty, expected at least one; give it as branches={NAME: DIR}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not known; expected float32, bfloat16, float16, or None for the seed's")
     first, others = Checkpoint(start), {name: Checkpoint(path) for name, path in paths.items()}
+    positions = first.config.get("max_position_embeddings") or first.config.get("n_positions")
+    if read and isinstance(positions, int) and measured.sequence_length > positions:
+        raise ValueError(
+            f"samples.sequence_length={measured.sequence_length} exceeds the seed's {positions} positions; expected at most as many"
+        )
     for note in [*check_alike(first, others), *check_related(first, others).warnings]:
         warnings.warn(note, stacklevel=2)
     with atomic_directory(Path(out)) as new, _progress() as advance, TemporaryDirectory(dir=new.parent) as folder:
-        statistics = _measured(read, {SEED: start} | paths, texts, samples, Path(folder), advance)
+        statistics = _measured(read, {SEED: start} | paths, texts, measured, Path(folder), advance)
         told = partial(advance, doing="tensors merged")
         write_merged(start, paths, new, config, True, statistics, dtype, max_shard_bytes, advance=told)
     return Path(out)
 
 
-def _check_texts(method: str, read: Mapping[str, Sequence[str]], texts: Mapping[str, Path], samples: bool) -> None:
+def _check_texts(
+    config: MergeConfig, read: Mapping[str, Sequence[str]], texts: Mapping[str, Path], samples: bool
+) -> None:
     """Raises ValueError: a model whose curvature is read has no text; text, or settings of a measurement, that nothing reads."""
     wanted = list(dict.fromkeys(name for names in read.values() for name in names))
     if absent := [name for name in wanted if name not in texts]:
         raise ValueError(
-            f"method={method} reads the curvature of {', '.join(wanted)}, and data has no text of {absent[0]}; give a folder of token "
+            f"merge={config.words} reads the curvature of {', '.join(wanted)}, and data has no text of {absent[0]}; give a folder of token "
             f'arrays for each, data={{"{absent[0]}": FOLDER, ...}}'
         )
     if idle := [name for name in texts if name not in wanted]:
         raise ValueError(
-            f"data={{{', '.join(idle)}}} has no effect: method={method} reads no curvature of it; leave it out"
+            f"data={{{', '.join(idle)}}} has no effect: merge={config.words} reads no curvature of it; leave it out"
         )
     if samples and not wanted:
-        raise ValueError(f"curvature has no effect: method={method} reads none; leave it out")
+        raise ValueError(f"samples has no effect: merge={config.words} reads no curvature; leave it out")
 
 
 def _measured(

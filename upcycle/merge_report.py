@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from upcycle.merge_config import ROLES
-from upcycle.merging import SEED, Merging
+from upcycle.merging import SEED, Member, Merging
 from upcycle.task_vectors import BLOCK, trimmed
 
 Pair = tuple[str, str]
@@ -66,20 +66,32 @@ class TaskVectors:
 
 def task_vectors(merging: Merging) -> TaskVectors:
     """Figures of the branches that are present (the seed's own τ is 0). Raises ValueError: there is no seed."""
-    taus = {name: tau.flatten() for name, tau in _taus(merging)}
-    pairs = list(combinations(taus, 2))
-    dots = dict.fromkeys([*pairs, *((a, a) for a in taus)], 0.0)
+    values = {name: _values(member) for name, member in merging.present if name != SEED}
+    if merging.seed is None:
+        raise ValueError(
+            f"merge of {merging.name}: figures of τ are of differences from the seed; give Merging its seed"
+        )
+    base = _values(merging.seed)
+    pairs = list(combinations(values, 2))
+    dots = dict.fromkeys([*pairs, *((a, a) for a in values)], 0.0)
     alike, both = dict.fromkeys(pairs, 0), dict.fromkeys(pairs, 0)
     entries = math.prod(merging.shape)
     for start in range(0, entries, BLOCK):
-        block = {name: tau[start : start + BLOCK].double() for name, tau in taus.items()}
+        first = base[start : start + BLOCK].float()
+        taus = {name: values[start : start + BLOCK].float() - first for name, values in values.items()}
         for a, b in dots:
-            dots[a, b] += (block[a] @ block[b]).item()
+            dots[a, b] += (taus[a].double() @ taus[b].double()).item()
         for a, b in pairs:
-            product = block[a].sign() * block[b].sign()
+            product = taus[a].sign() * taus[b].sign()
             alike[a, b] += int((product > 0).sum())
             both[a, b] += int((product != 0).sum())
     return TaskVectors(dots, alike, both, entries)
+
+
+def _values(member: Member) -> Tensor:
+    """Of a tensor, or of a stored one's mapped pages; flat, and read block by block."""
+    tensor = member.tensor
+    return (tensor if isinstance(tensor, Tensor) else tensor.mapped()).flatten()
 
 
 def ties_entries(merging: Merging, density: float = 0.2) -> dict[str, int]:
@@ -111,8 +123,11 @@ class MergeReport:
         self._vectors: dict[tuple[int | None, str], TaskVectors] = {}
         self._ties: dict[tuple[int | None, str], Counter[str]] = {}
 
-    def add(self, layer: int | None, role: str, merging: Merging) -> None:
-        """One tensor's. Raises ValueError: there is no seed, or no branch."""
+    def add(self, layer: int | None, role: str, members: Mapping[str, Member], seed: Member) -> None:
+        """One tensor of the branches; nothing, if all of them have the weight 0."""
+        if not any(member.weight > 0 for member in members.values()):
+            return
+        merging = Merging("report", members, seed)
         place, found = (layer, role), task_vectors(merging)
         self._vectors[place] = self._vectors[place] + found if place in self._vectors else found
         self._ties.setdefault(place, Counter()).update(ties_entries(merging, self.density))

@@ -1,13 +1,13 @@
 """Tensors of several checkpoints merged one at a time, by the settings of a merge; and what a model's curvature lies in.
 
-Memory: the tensor of every model, and what of their curvature the method reads for it.
+Memory: a few copies of one tensor; what the method says of the curvature that it reads for it.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from upcycle.checkpoint import Checkpoint, Stored, is_finite
-from upcycle.merge import KEPT, METHODS, check_merge, needed_statistics, readers
+from upcycle.merge import KEPT, METHODS, OF_LINEARS, by_linears_only, check_merge, needed_statistics, readers
 from upcycle.merge_config import MergeConfig, RoleConfig
 from upcycle.merging import SEED, Member, Merging, Readable
 from upcycle.roles import UNKNOWN, tensor_facts
 
 STEM = "curvature"  # of the files that `stages.measure_curvature` writes
-OF_LINEARS = ("gram", "kfac_in", "kfac_out")  # statistics that only linears' weights have
 
 
 class Statistics:
@@ -42,10 +41,10 @@ class Statistics:
                 )
             for file in files:
                 try:
-                    handle = safe_open(file, framework="pt")
+                    with safe_open(file, framework="pt") as opened:
+                        self._held |= dict.fromkeys(opened.keys(), file)
                 except (SafetensorError, OSError) as error:
                     raise ValueError(f"{file}: not a whole safetensors file ({error}); measure it again") from None
-                self._held |= dict.fromkeys(handle.keys(), handle)
 
     @cached_property
     def about(self) -> list[dict[str, Any]]:
@@ -68,12 +67,13 @@ class Statistics:
 class _Read(Mapping[str, Tensor]):
     """Tensors by name that nobody keeps."""
 
-    def __init__(self, places: Mapping[str, tuple[Any, str]]):
+    def __init__(self, places: Mapping[str, tuple[Path, str]]):
         self._places = places
 
     def __getitem__(self, key: str) -> Tensor:
-        handle, name = self._places[key]
-        return handle.get_tensor(name)
+        file, name = self._places[key]
+        with safe_open(file, framework="pt") as opened:  # pages that were read count as this process's while it is open
+            return opened.get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -86,7 +86,7 @@ class Merger:
     """Merges tensors of the seed and its branches as `config` says.
 
     models: names of those that have a share, "seed" among them if it is one. statistics: curvature of each that a method
-    reads, by name. Raises ValueError: see `merge.check_merge`; a method that reads curvature that is not given.
+    reads, by name. Raises ValueError: see `merge.check_merge`.
     """
 
     def __init__(
@@ -101,11 +101,24 @@ class Merger:
         self.config, self.seed, self.models, self.statistics = config, seed, models, dict(statistics or {})
         self.facts = tensor_facts(dense)
         self.averaged: Counter[str] = Counter()  # by method: tensors that it has no curvature of, and so averages
-        for kind, names in readers(config, models).items():
+
+    def check_statistics(self) -> None:
+        """Raises ValueError: a method reads curvature of a model, and it is not there."""
+        for kind, names in readers(self.config, self.models).items():
             if absent := [name for name in names if name not in self.statistics]:
                 raise ValueError(
-                    f"merge={config.words} reads the curvature ({kind}) of {', '.join(names)}, and that of {absent[0]} is not given; "
+                    f"merge={self.config.words} reads the curvature ({kind}) of {', '.join(names)}, and that of {absent[0]} is not given; "
                     "measure it on the text that the model was trained on"
+                )
+
+    def check_roles(self, names: Iterable[str]) -> None:
+        """Raises ValueError: a role that none of the tensors has that are to be merged."""
+        there = {self.facts.get(name, UNKNOWN).role for name in names}
+        for role in self.config.roles:
+            if role not in there:
+                raise ValueError(
+                    f"merge.roles.{role} has no effect: no tensor that is merged has that role (there: {', '.join(sorted(there))}); "
+                    "leave it out"
                 )
 
     def way(self, name: str) -> RoleConfig:
@@ -113,23 +126,30 @@ class Merger:
         return self.config.of(self.facts.get(name, UNKNOWN).role)
 
     def method(self, name: str) -> str:
-        return self.way(name).method
+        """By what it is merged: "average" where the method reads what only linears' weights have and this is none, or a linear too
+        large to be measured."""
+        way, keys = self.way(name), ()
+        if by_linears_only(way, self.facts.get(name, UNKNOWN).in_axis):
+            return "average"
+        if way.method != KEPT:
+            keys = OF_LINEARS & set(needed_statistics(way.method, way.options))
+        return "average" if keys and not self._measured(tuple(keys), name) else way.method
 
     def keeps_seed(self, name: str) -> bool:
         """Whether the result is the seed's own tensor."""
-        return self.method(name) == KEPT
+        return self.way(name).method == KEPT
 
     def merging(self, name: str, tensors: Mapping[str, Readable]) -> Merging:
         """All models' tensors of one name, with the weights and the statistics that its method reads."""
         way, in_axis = self.way(name), self.facts.get(name, UNKNOWN).in_axis
         keys = needed_statistics(way.method, way.options)
-        if set(keys) & set(OF_LINEARS) and not (in_axis is not None and self._measured(keys, name)):
-            self.averaged[way.method] += 1  # no linear's weight, or a linear above `largest_factor`
+        if self.method(name) != way.method:
+            self.averaged[way.method] += 1
             keys, in_axis = (), None
         members = {who: self._member(who, name, tensor, keys) for who, tensor in tensors.items()}
         base = None
         if METHODS[way.method].needs_seed:
-            stored = Stored(self.seed, name, torch.float32)
+            stored = Stored(self.seed, name)
             base = members.get(SEED) or self._member(SEED, name, stored, keys)
         return Merging(name, members, base, in_axis)
 

@@ -26,6 +26,8 @@ class Readable(Protocol):
 
     def float(self) -> Tensor: ...
 
+    def mapped(self) -> Tensor: ...
+
 
 @dataclass(frozen=True)
 class Member:
@@ -42,7 +44,7 @@ class Member:
         kfac_out     (out, out): E[g gᵀ] of the gradients with respect to its outputs
     """
 
-    tensor: Readable
+    tensor: Tensor | Readable
     weight: float = 1.0
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
 

@@ -29,7 +29,7 @@ from upcycle.dense_reference import DenseReference
 from upcycle.durable import write_json
 from upcycle.experts import Placed
 from upcycle.families import Family, family_of
-from upcycle.merge import KEPT, statistics_of
+from upcycle.merge import KEPT, by_linears_only, kinds_of
 from upcycle.merge_config import MergeConfig, from_record
 from upcycle.merger import Merger
 from upcycle.modeling import RoutedExperts, UpcycledForCausalLM
@@ -193,33 +193,28 @@ def _check_merged(
     merge: MergeConfig,
 ) -> int:
     """How many merged tensors were compared: averages with a plain float64 mean, to the tolerance of the mixture's dtype; the
-    seed's own to the bit; others with the same merge made again. Those that read curvature, which is gone, are not."""
+    seed's own to the bit; others with the same merge made again. Those that curvature decided, which is gone, are not."""
     dense, compared = dense_config(config), 0
     facts = tensor_facts(dense)
-    merger = (
-        Merger(merge, checkpoints["seed"], dense, list(models))
-        if not statistics_of(merge) and "seed" in checkpoints
-        else None
-    )
+    merger = Merger(merge, checkpoints.get("seed", mixture), dense, list(models))
     for piece in (piece for piece in pieces if piece.origin == "merged"):
         ours, (source,) = mixture.get(piece.target), piece.sources
-        method = merge.of(facts.get(source, UNKNOWN).role).method
-        if method == KEPT:
+        found = facts.get(source, UNKNOWN)
+        way = merge.of(found.role)
+        if way.method == KEPT:
             what, same = "the seed's own", torch.equal(ours, piece.cut(checkpoints["seed"].get(source).to(ours.dtype)))
-        elif method in ("average", "weighted"):
+        elif way.method in ("average", "weighted") or by_linears_only(way, found.in_axis):
             shares = [merge.weights.get(name, 1.0) for name in models]
             each = torch.stack([checkpoints[name].get(source).double() for name in models])
             mean = piece.cut(torch.tensordot(torch.tensor(shares).double(), each, 1) / sum(shares))
             what = "the average of the experts'"
             same = torch.allclose(ours.double(), mean, rtol=2 * torch.finfo(ours.dtype).eps, atol=1e-6)
-        elif merger is not None:
-            stored = {name: Stored(checkpoints[name], source, ours.dtype) for name in models}
-            what, same = (
-                f"the {method} merge of the experts'",
-                torch.equal(ours, piece.cut(merger.merged(source, stored, ours.dtype))),
-            )
-        else:
+        elif kinds_of(way):
             continue
+        else:
+            stored = {name: Stored(checkpoints[name], source) for name in models}
+            again = piece.cut(merger.merged(source, stored, ours.dtype))
+            what, same = f"the {way.method} merge of the experts'", torch.equal(ours, again)
         if not same:
             raise ValueError(f"{mixture.directory}: {piece.target} is not {what} {source}")
         compared += 1

@@ -5,6 +5,7 @@ Heavy imports are inside the functions: planning a run imports this file and mus
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,8 @@ def measure_curvature(config: dict[str, Any], *, out: Path, run: Run, model: Pat
 
     wanted, proportions = config["curvature"], config["proportions"]
     batches = Batches(data, proportions, wanted.sequence_length, 1, wanted.rng_seed)
+    for warning in batches.check(wanted.sequences):
+        run.say(f"warning: {warning}")
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     tokens = consumed_tokens(proportions, wanted.rng_seed, wanted.sequence_length, wanted.sequences)
     with TemporaryDirectory(dir=out) as scratch:
@@ -194,6 +197,13 @@ def merge_models(
         )
 
 
+def _say_averaged(made: dict[str, Any], run: Run) -> None:
+    for method, count in made.get("averaged", {}).items():
+        run.say(
+            f"{method}: {count} tensors have no such curvature (no linears' weights, or too large) and are averaged"
+        )
+
+
 def _by_model(curvature: dict[str, dict[str, Path]]) -> dict[str, list[Path]]:
     """Every model's directories of statistics."""
     names = dict.fromkeys(name for models in curvature.values() for name in models)
@@ -218,6 +228,7 @@ def assemble_moe(
 
     statistics = _by_model(curvature)
     written = write_mixture(seed, branches, out, config, advance=run.advance, data=data, statistics=statistics)
+    _say_averaged(json.loads((out / "assembly.json").read_text()), run)
     if config.prove or not is_listed(written.seed):
         from upcycle.proof import prove
 
@@ -237,7 +248,6 @@ def draw_moe(config: dict[str, Any], *, out: Path, run: Run, seed: Path) -> None
     and whatever is no expert is one model's draw, since an average of N draws would be √N too small. seed: its config and
     tokenizer are read, no weights.
     """
-    import json
     from dataclasses import replace
     from tempfile import TemporaryDirectory
 
