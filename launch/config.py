@@ -29,6 +29,7 @@ from upcycle.merge_config import MergeConfig
 from upcycle.mistakes import in_words
 from upcycle.mixture_config import MixtureConfig
 
+RUN_NAME = r"^[\w.-]*\w$"
 # Where a setting of every branch or mixture may stand once, for all of them.
 SHARED = {("branches", "train"): "branch", ("mixtures", "train"): "mix", ("mixtures", "assemble"): "assemble"}
 
@@ -44,7 +45,7 @@ class Config:
     what the mixtures would be and stop. `ablation`: measure what each expert is worth; None does not.
     """
 
-    name: str = Field(pattern=r"^[\w.-]*\w$")
+    name: str = Field(pattern=RUN_NAME)
     rng_seed: int = Field(ge=0)
     plan: bool
     stage: str | None

@@ -13,6 +13,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from launch.config import RUN_NAME
 from upcycle.config import nearest
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -20,6 +21,7 @@ TAKES_A_VALUE = {"--config-dir", "-cd", "--config-path", "-cp", "--config-name",
 SWEEPS = {"-m", "--multirun"}
 DIRECTORY = re.compile(r"(?P<key>\+{0,2}(?:seed\.path|branches\.[^.=]+\.path|out|artifacts))=(?P<value>.*)", re.S)
 BRANCH = re.compile(r"\+{0,2}branches\.(?P<name>[^.=]+)(?P<path>\.path)?=(?P<value>.*)", re.S)
+NAME = re.compile(r"\+{0,2}name=(?P<value>.*)", re.S)
 # A directory that Hydra takes without quotes, and as text.
 PLAIN = re.compile(r"[A-Za-z_./][\w/\-.+%@:]*", re.ASCII)
 
@@ -27,11 +29,24 @@ PLAIN = re.compile(r"[A-Za-z_./][\w/\-.+%@:]*", re.ASCII)
 def rewritten(arguments: list[str]) -> list[str]:
     """The arguments as Hydra wants them: options first, directories quoted, branches that no file names.
 
-    Raises ValueError: a branch is given twice, without `.path`, or by a name that Hydra cannot read.
+    Raises ValueError: a branch is given twice, without `.path`, or by a name that Hydra cannot read; a run's name that is none.
     """
     sweep = bool(SWEEPS & set(arguments))
+    _check_name(arguments, sweep)
     arguments = [_quoted(argument, sweep) for argument in _options_first(arguments)]
     return _free_branches(arguments)
+
+
+def _check_name(arguments: list[str], sweep: bool) -> None:
+    """The run's name, before Hydra makes its directory. Raises ValueError: it is none."""
+    for found in filter(None, map(NAME.fullmatch, arguments)):
+        given = found["value"].strip("'\"")
+        for name in given.split(",") if sweep else [given]:
+            if "$" not in name and not re.fullmatch(RUN_NAME, name):  # what Hydra fills in is checked with the settings
+                raise ValueError(
+                    f"name={name}: expected letters, digits, _, . and -, the last one no . or -, since runs/NAME becomes a directory; "
+                    "give the run such a name"
+                )
 
 
 def _options_first(arguments: list[str]) -> list[str]:

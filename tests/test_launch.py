@@ -311,7 +311,7 @@ def test_one_stage_names_its_missing_inputs(tmp_path):
         (["tasks=continuations", "tasks.names=[continuations_lw]"], "tasks.names has 'continuations_lw', which needs a domain's documents"),
         (["tasks=continuations", "tasks.limits=1"], "tasks.limits: unknown key; did you mean limit?"),
         (["eval.max_tokens=0"], "eval.max_tokens: Input should be greater than 0"),
-        (["name=../../etc"], "name: String should match pattern"),
+        (["eval.bootstrap_samples=1"], "eval.bootstrap_samples=1: expected at least 100"),
         (["seed.sizes.num_attention_heads=5"], "sizes.hidden_size=192 is not a multiple of num_attention_heads=5"),
         (["domains.law.test_fraction=0"], "domains.law.test_fraction is 0, but eval.split=test measures every domain"),
         (["seed.architecture=lama"], "seed: architecture='lama' is not supported, expected one of gpt_neox, llama; did you mean llama?"),
@@ -321,6 +321,24 @@ def test_mistakes_are_named_at_once(tmp_path, arguments, message):
     done = upcycle("plan=true", *arguments, cwd=tmp_path, check=False)
     assert done.returncode != 0 and message in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and "UPCYCLE_TRACEBACK" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["name=../xyz"], "name=../xyz: expected letters, digits, _, . and -, "),
+        (["-m", "name=ok,a/b"], "name=a/b: expected letters"),
+        (["name=zz", "stage=branch/cod"], "stage=branch/cod: no such stage; did you mean branch/code"),
+        (["--config-dir=own", "experiment=deep"], "name: String should match pattern"),
+    ],
+)
+def test_a_refused_run_leaves_no_directory(tmp_path, arguments, message):
+    own = tmp_path / "own" / "experiment"
+    own.mkdir(parents=True)
+    (own / "deep.yaml").write_text("# @package _global_\ndefaults: [tiny, _self_]\nname: a/b\n")
+    done = upcycle(*arguments, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and message in done.stderr, done.stderr
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "own"]
 
 
 FILES = {
