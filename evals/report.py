@@ -18,6 +18,7 @@ import numpy as np
 from evals.course import POINTS, course_of
 from evals.evidence import (
     CURVE_POINTS,
+    METRICS,
     Evaluation,
     check_same_test,
     curve_of,
@@ -33,6 +34,7 @@ from evals.page import render_page
 from evals.pareto import pareto
 from evals.statistics import bootstrap_domains, mean_over_domains, percentile_interval
 from evals.tables import format_table, markdown_table, update_readme
+from upcycle.durable import reading
 
 __all__ = ["ModelRow", "build_report", "format_table", "markdown_table", "update_readme", "write_report"]
 
@@ -204,7 +206,10 @@ def _describe(
 ) -> dict[str, Any]:
     """What a model is and cost: the row, its wall times, its routing, and how its last stage's training went."""
     alone = row.stages and len(row.stages[-1]) == 1
-    steps = read_rows(Path(training[row.stages[-1][0]])) if alone else []
+    last = Path(training[row.stages[-1][0]]) if alone else None
+    steps = read_rows(last, trained=row.flops_per_token is not None) if last else []
+    with reading(last / METRICS if last else Path()):
+        curve, course = curve_of(steps), course_of(steps)
     return {
         "kind": row.kind,
         "parameters": row.parameters,
@@ -215,9 +220,9 @@ def _describe(
         "seconds": sum(seconds[stage] for group in row.stages for stage in group),
         "parallel_seconds": sum(max(seconds[stage] for stage in group) for group in row.stages),
         "routing": score.summary.get("routing"),
-        "curve": curve_of(steps),
+        "curve": curve,
         "flops_per_token": row.flops_per_token,
-        "course": course_of(steps),
+        "course": course,
     }
 
 

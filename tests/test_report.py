@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -240,6 +241,45 @@ def test_diverged_and_inconsistent_evaluations_are_refused(inputs, tmp_path):
         np.savez(directory / "documents.npz", **arrays)
         with pytest.raises(ValueError, match=message):
             build_report(**inputs | {"evaluations": inputs["evaluations"] | {"btx": directory}})
+
+
+REMAKE = "; remove that artifact's directory; the next run makes it again"
+DAMAGED = {
+    "evaluation.json": {
+        "{": "not whole JSON (Expecting property name",
+        "{}": "lacks 'domains'",
+        "[]": "damaged (got list, expected an object)",
+        '{"domains": {"code": {}}, "split": "test", "sequence_length": 8}': "lacks 'nats'",
+    },
+    "documents.npz": {"junk": "damaged (not a whole .npz)", None: "there is no such file"},
+    "metrics.jsonl": {
+        '{"step": 1, "tok': "not whole JSON (",
+        '{"step": 1, "tokens": "x", "loss": 2.0}': "damaged (tokens='x' is no number)",
+        '{"tokens": 8, "loss": 2.0}': "damaged (no figures of a step)",
+        '{"step": 1, "tokens": 8, "loss": null}': "damaged (loss=None is no number)",
+        '{"step": 1, "tokens": 8, "load": [[1], [0, 1]], "ffn_entropy": 1}': "damaged (",
+        "": "damaged (no rows, expected one for each step of the training)",
+        None: "there is no such file",
+    },
+    "ablation.json": {"{": "not whole JSON", '{"max_tokens": 1, "whole": {"a": 1}, "experts": {}}': "damaged ("},
+    "timing.json": {"{}": "lacks 'seconds'"},
+}
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in DAMAGED.items() for text in texts])
+def test_a_damaged_file_of_an_artifact_is_named_with_what_mends_it(inputs, tmp_path, name, text):
+    kind = {"evaluation.json": "evaluations", "documents.npz": "evaluations", "ablation.json": "ablations"}
+    which = kind.get(name, "training")
+    directory, key = tmp_path / "damaged", "mix/btx" if which == "training" else "btx"
+    given = inputs.get(which, {})
+    shutil.copytree(given[key], directory) if given else directory.mkdir()
+    (directory / name).unlink(missing_ok=True)
+    if text is not None:
+        (directory / name).write_text(text)
+    with pytest.raises(ValueError) as refused:
+        build_report(**inputs | {which: given | {key: directory}, "samples": 5})
+    said = str(refused.value)
+    assert said.startswith(str(directory / name)) and DAMAGED[name][text] in said and said.endswith(REMAKE), said
 
 
 # -------------------------------------------------------------------------------------------------------------- text
