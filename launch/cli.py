@@ -17,7 +17,7 @@ upcycle -m key=a,b ...         a sweep; runs share every artifact they can
 upcycle status [RUN ...]       the runs here and how far they are
 upcycle explain DIR            what each tensor of a mixture came from, its routers, its size; how a merged model was merged; --all, --json
 upcycle doctor DIR|RUN         what is wrong with a mixture, in training too, and what to do about it; --json, --prove
-upcycle report [RUN ...]       print a run's table again; --readme writes it into README.md; of several runs also what they say
+upcycle report [RUN ...]       print a run's table again (of the newest without a name); --readme writes it into README.md; of several runs also what they say
                                of the models they share; --html=OUT.html
 upcycle export DIR OUT         a mixture as Mixtral, Qwen2-MoE, Qwen3-MoE or FlexOlmo where it equals one, else with its code;
                                --format=NAME, --report=RUN/report.json
