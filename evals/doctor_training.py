@@ -219,7 +219,7 @@ def load_trend(case: Case, part: str) -> Finding | None:
         return None
     at, line = min(found, key=lambda one: now(even_NL)[one[0]] + one[1].slope * ahead)
     current = float(now(even_NL)[at])
-    then = current + line.slope * ahead
+    then = min(1.0, max(0.0, current + line.slope * ahead))  # a line goes on beyond what evenness can be
     per = f"{1000 * line.slope:+.2f} [{1000 * line.low:+.2f}, {1000 * line.high:+.2f}] in 1000 steps"
     said = f"evenness of layer {load.layers[at]} is {current:.2f}, {per}; {then:.2f} after {ahead} more"
     falling = line.high < 0 and then < UNEVEN <= current

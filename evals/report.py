@@ -46,7 +46,7 @@ NOT_COMPARED = (
     "oracle",
 )  # every other kind is a mixture or a merge: the models on trial
 DEFINITIONS = {
-    "perplexity": "exp(nats per token) over a domain's test tokens: of its first whole documents up to max_tokens, or of all",
+    "perplexity": "exp(nats per token) over a domain's test tokens: of as many first whole documents as fit in max_tokens, at least one, or of all",
     "average": "mean over the group's domains of nats per token, each domain counting once; its perplexity is the exp",
     "interval": "95% percentile bootstrap over documents; every model is scored on the same resampled documents",
     "nats_difference": "model minus against: nats per token, mean over the trained domains; below 0: model is better",

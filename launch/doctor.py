@@ -107,7 +107,7 @@ def show(case: Case, findings: list[Finding], console: Console, every: bool = Tr
     shown = [finding for finding in findings if every or finding.verdict != "ok"]
     table = Table(box=None, pad_edge=False, header_style="")
     for column in ("", "check", "found", "compared with"):
-        table.add_column(column, no_wrap=column in ("", "check"))
+        table.add_column(column, no_wrap=column in ("", "check"), overflow="fold")
     for finding in shown:
         style = STYLES[finding.verdict]
         table.add_row(Text(finding.verdict, style), finding.check, Text(finding.said), Text(finding.threshold))

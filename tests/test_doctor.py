@@ -561,6 +561,31 @@ def test_what_is_no_mixture_is_refused(sources, tmp_path):
         read_case(branch)
 
 
+def test_a_directory_that_is_not_there_is_named_before_the_proof(place, capsys):
+    start = place()
+    before = (start / "proof.json").read_bytes()
+    assert WORDS["doctor"]([str(start), "--prove", "seed=/nonexistent"]) == 2
+    assert "upcycle: seed=/nonexistent: no such directory; give" in capsys.readouterr().err
+    assert (start / "proof.json").read_bytes() == before
+
+
+def test_the_table_folds_what_is_long_and_a_trend_ends_at_zero(place, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    start = place()
+    with torch.no_grad():
+        weights = load_file(start / "model.safetensors")
+        name = max((name for name in weights if "experts" in name), key=len)
+        weights[name][..., 0] = math.nan
+    save_file(weights, start / "model.safetensors", metadata={"format": "pt"})
+    assert WORDS["doctor"]([str(start)]) == 1
+    printed = capsys.readouterr().out
+    assert "…" not in printed and name in "".join(printed.split())
+    shutil.rmtree(start)
+    rows = changed(healthy_rows(), load=lambda step: [[(step + 10) / 80, *[(70 - step) / 240] * 3]] * 2)
+    case = read_case(trained(place("btx_top1"), rows))
+    assert "; 0.00 after 32 more" in the("ffn load trend", case).said
+
+
 GOOD = json.dumps(healthy_rows(1)[0]) + "\n"
 DAMAGED = {
     "metrics.jsonl": {
