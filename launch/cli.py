@@ -10,7 +10,7 @@ from itertools import takewhile
 USAGE = """\
 upcycle                        run the demo: pretrain a seed, branch, assemble BTX and BAM, train, compare
 upcycle key=value ...          the same with other settings; experiment=tiny is a one-minute walk
-upcycle plan=true              what would run, what it would cost, what is done already; computes nothing
+upcycle plan=true              what would run, what it would cost, what is done already; makes nothing (budget= is measured)
 upcycle stage=branch/code      one stage only
 upcycle tokens=50M             that many for branches and mixture together; budget=2h: as many as that time is enough for
 upcycle -m key=a,b ...         a sweep; runs share every artifact they can

@@ -112,6 +112,7 @@ def build(raw: dict[str, Any]) -> Config:
 
     Training on 0 tokens is no training. Raises ValueError, naming the key's path and the nearest valid names.
     """
+    _check_objects(raw)
     raw = shared_out(raw)
     shared = {key: dict(raw.pop(key, None) or {}) for key in SHARED.values()}
     own = {key: raw.get(key) or {} for key in ("branches", "mixtures")}
@@ -132,6 +133,18 @@ def build(raw: dict[str, Any]) -> Config:
     except ValidationError as error:
         lines = [_as_written(line, own, shared) for line in in_words(Config, error)]
         raise ValueError("\n".join(dict.fromkeys(lines))) from None
+
+
+def _check_objects(raw: dict[str, Any]) -> None:
+    """Raises ValueError: what is to be merged with other settings is none, in pydantic's words."""
+    found = {name: raw.get(name) for name in (*SHARED.values(), "dense", "dense_compute")}
+    for key, part in SHARED:
+        items = raw.get(key)
+        for name, item in items.items() if isinstance(items, dict) else ():
+            found[f"{key}.{name}.{part}"] = item.get(part) if isinstance(item, dict) else None
+    for where, value in found.items():
+        if value is not None and not isinstance(value, dict):
+            raise ValueError(f"{where}: Input should be an object (got {value!r})")
 
 
 def _check_shared_assembly(shared: dict, mixtures: dict[str, Any]) -> None:

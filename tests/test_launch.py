@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from evals.provenance import WITHOUT_EFFECT
 from launch.cli import USAGE, unknown_word
+from launch.overrides import rewritten
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = [
@@ -266,6 +267,16 @@ def test_plan_names_every_stage_and_computes_nothing(tmp_path):
     assert not (tmp_path / "artifacts").exists()
 
 
+def test_a_mixture_is_matched_or_drawn_though_no_file_says_so(tmp_path):
+    for argument in ("mixtures.btx_top1.match=compute", "mixtures.btx_top1.scratch=true"):
+        upcycle("plan=true", "experiment=tiny", argument, cwd=tmp_path)
+    assert rewritten(["mixtures.btx.match=data"]) == ["++mixtures.btx.match=data"]
+    assert rewritten(["mixtures.none.match=data", "++mixtures.a.match=x"]) == [
+        "mixtures.none.match=data",
+        "++mixtures.a.match=x",
+    ]
+
+
 def test_plan_does_not_import_torch(tmp_path):
     code = (
         "import sys; sys.argv = ['upcycle', 'plan=true', 'experiment=tiny']; from launch.cli import main; main(); "
@@ -311,6 +322,13 @@ def test_one_stage_names_its_missing_inputs(tmp_path):
         (["tasks=continuations", "tasks.names=[continuations_lw]"], "tasks.names has 'continuations_lw', which needs a domain's documents"),
         (["tasks=continuations", "tasks.limits=1"], "tasks.limits: unknown key; did you mean limit?"),
         (["eval.max_tokens=0"], "eval.max_tokens: Input should be greater than 0"),
+        (["dense=true"], "upcycle: dense: Input should be an object (got True)\n"),
+        (["mix=true"], "upcycle: mix: Input should be an object (got True)\n"),
+        (["branch=3"], "upcycle: branch: Input should be an object (got 3)\n"),
+        (["++mixtures.btx.train=3"], "upcycle: mixtures.btx.train: Input should be an object (got 3)\n"),
+        (["shares=foo"], "upcycle: shares=foo: expected two numbers above 0 that sum to 1, branches and mixture, "),
+        (["shares={branch: 0.9, mixture: 0.1}"], "upcycle: shares.branch: unknown key; did you mean branches? Valid here: branches, mixture\n"),
+        (["mixtures.btxx.match=compute"], "upcycle: mixtures.btxx: unknown key; did you mean btx"),
         (["eval.bootstrap_samples=1"], "eval.bootstrap_samples=1: expected at least 100"),
         (["seed.sizes.num_attention_heads=5"], "sizes.hidden_size=192 is not a multiple of num_attention_heads=5"),
         (["domains.law.test_fraction=0"], "domains.law.test_fraction is 0, but eval.split=test measures every domain"),
