@@ -151,13 +151,13 @@ def curve_of(rows: Sequence[Mapping[str, Any]]) -> list[list[float]]:
     return [[float(value) for value in part.mean(axis=0)] for part in bins]
 
 
-def read_ablation(directory: Path) -> dict[str, Any]:
-    """Nats per token of every domain: `whole`, and of each of `experts` as `removed` (None where that cannot be) and `forced`."""
+def read_ablation(directory: Path, domains: Sequence[str]) -> dict[str, Any]:
+    """Nats per token of `domains`, in their order: `whole`, and of each of `experts` as `removed` (None where that cannot be) and `forced`."""
     path = directory / "ablation.json"
     found = read_object(path, "max_tokens", "whole", "experts")
 
-    def rate(domains: Mapping[str, Any] | None) -> dict[str, float] | None:
-        return None if domains is None else {name: one["nats"] / one["tokens"] for name, one in domains.items()}
+    def rate(of: Mapping[str, Any] | None) -> dict[str, float] | None:
+        return None if of is None else {name: of[name]["nats"] / of[name]["tokens"] for name in domains}
 
     with reading(path):
         experts = {

@@ -124,7 +124,7 @@ def build_report(
     seconds = {stage: read_seconds(Path(directory)) for stage, directory in training.items()}
     models = {row.name: _describe(row, seconds, scores[row.name], training) for row in rows}
     for name, directory in (ablations or {}).items():
-        models[name]["ablation"] = read_ablation(Path(directory))
+        models[name]["ablation"] = read_ablation(Path(directory), list(domains))
     _relate(models, {row.name: asdict(row) for row in rows}, reference)
     sources = oracle_sources(rows, domains)
     if sources:

@@ -261,7 +261,7 @@ DAMAGED = {
         "": "damaged (no rows, expected one for each step of the training)",
         None: "there is no such file",
     },
-    "ablation.json": {"{": "not whole JSON", '{"max_tokens": 1, "whole": {"a": 1}, "experts": {}}': "damaged ("},
+    "ablation.json": {"{": "not whole JSON", '{"max_tokens": 1, "whole": {"a": 1}, "experts": {}}': "lacks 'code'"},
     "timing.json": {"{}": "lacks 'seconds'"},
 }
 
@@ -409,12 +409,13 @@ def test_what_experts_are_worth_is_shown_in_nats(inputs, tmp_path):
         "code": {"removed": domains(2.75), "reason": "", "forced": domains(1.5)},
     }
     found = {"max_tokens": None, "whole": domains(2.5), "experts": experts}
-    (tmp_path / "ablation.json").write_text(json.dumps(found))
+    (tmp_path / "ablation.json").write_text(json.dumps(found, sort_keys=True))  # as stages write it
     report = build_report(**inputs | {"samples": 10, "ablations": {"bam": tmp_path}})
     ablation = report["models"]["bam"]["ablation"]
     assert ablation["whole"] == dict.fromkeys(DOMAINS, 2.5) and ablation["experts"]["seed"]["removed"] is None
     table = re.search(r'<table class="ablation">.*?</table>', render_page(report), re.S)
     assert table is not None
+    assert list(ablation["whole"]) == list(ablation["experts"]["code"]["removed"]) == list(DOMAINS) == report["domains"]
     assert table.group().count("<td>–<small>+1.7500</small></td>") == 6
     assert table.group().count("<td>+0.2500<small>−1.0000</small></td>") == 6
 

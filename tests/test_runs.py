@@ -53,6 +53,36 @@ def test_differences_of_runs_are_known(first, second):
     assert "mix.lr: 0.001 | 0.002" in text and "Not in all runs: a: soup." in text
 
 
+def test_what_only_one_run_has_is_one_row_and_long_values_wrap(first, second):
+    def configured(report, **config):
+        return _other(report, lambda found: found["provenance"].update(config=config))
+
+    mixture, long = {"train": {"lr": 1.0, "phases": [{}]}, "assemble": {"tie": "none"}}, list(range(60))
+    a = configured(first, mixtures={"btx": mixture, "old": mixture}, dense=None, order=long)
+    b = configured(
+        second,
+        mixtures={"btx": mixture | {"train": {"lr": 2.0, "phases": [{}]}}, "new": mixture},
+        dense={"lr": 1.0},
+        order=[],
+    )
+    found = compare_runs({"a": a, "b": b})
+    assert found["settings"] == {
+        "mixtures.btx.train.lr": {"a": 1.0, "b": 2.0},
+        "mixtures.old": {"a": "only in a", "b": None},
+        "mixtures.new": {"a": None, "b": "only in b"},
+        "dense": {"a": None, "b": "only in b"},
+        "order": {"a": long, "b": []},
+    }
+    assert (
+        f"mixtures.old: only in a | –\nmixtures.new: – | only in b\ndense: – | only in b\norder:\n    a: {long}\n    b: []"
+        in format_runs(found)
+    )
+    html = render_runs(found)
+    assert (
+        '<table class="plain"><thead>' in html and ".plain td { white-space: normal; overflow-wrap: anywhere;" in html
+    )
+
+
 def test_an_average_over_other_domains_is_left_out(first):
     old = copy.deepcopy(first)
     old["domain_groups"] = {name: first["domain_groups"][name] for name in ("trained", "out_of_domain")}
