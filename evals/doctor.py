@@ -42,13 +42,19 @@ def worst(findings: Sequence[Finding]) -> str:
 def prove_again(case: Case, given: Mapping[str, Path]) -> None:
     """Prove the assembled mixture against its models: those `given` by name, else their artifacts beside it.
 
-    Raises ValueError: its assembly or a model is not at hand; the proof failed.
+    Raises ValueError: its assembly or a model is not at hand; a given one is no directory; the proof failed.
     """
     from upcycle.proof import prove
 
+    for name, path in given.items():
+        if not path.is_dir():
+            raise ValueError(f"{name}={path}: no such directory; give that of the model it was assembled from")
     if case.assembled is None or not is_mixture(case.assembled):
         raise ValueError(f"{case.directory}: the mixture as it was assembled is not at hand; name its directory")
-    made, record = read_json(case.assembled / "assembly.json"), read_json(case.assembled / "stage.json")
+    made, record = (
+        read_json(case.assembled / "assembly.json", "placed", "merge"),
+        read_json(case.assembled / "stage.json"),
+    )
     if made is None:
         raise ValueError(f"{case.assembled}: no assembly.json, so nobody knows what to prove it against")
     stored = {

@@ -12,15 +12,17 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
+from evals.evidence import METRICS, row_of
 from upcycle.checkpoint import Checkpoint
 from upcycle.config import TrainConfig
 from upcycle.configuration import UpcycledConfig
 from upcycle.directories import weight_files
+from upcycle.durable import reading
 from upcycle.explain import assembled_of, read_json
 from upcycle.phases import Phase, plan_phases
-from upcycle.store import FAILED
+from upcycle.store import FAILED, RECORD
 
-METRICS = "metrics.jsonl"
+RESTORE = "restore the file, or take the line out"
 LAST = 10  # steps that "now" is the mean of: a batch alone is noise, a hundred would hide what has just begun
 Verdict = Literal["ok", "look", "bad"]
 
@@ -95,7 +97,10 @@ class Case:
     def series(self, name: str) -> np.ndarray:
         """(N, ...) a figure of metrics.jsonl, row by row; of no rows where a row lacks it."""
         found = [row[name] for row in self.rows if name in row]
-        return np.array(found, dtype=np.float64) if len(found) == len(self.rows) else np.empty(0)
+        if len(found) < len(self.rows):
+            return np.empty(0)
+        with reading(self.directory / METRICS, RESTORE):
+            return np.array(found, dtype=np.float64)
 
     def parameter_names(self) -> list[str]:
         """The names of the mixture's tensors, from its own files or those of its assembly; [] if neither is at hand."""
@@ -123,14 +128,15 @@ def read_case(directory: Path, stage: str = "", train: Mapping | None = None, as
         raise ValueError(
             f"{directory}: no such directory; expected a mixture, a training that is not finished, or a run"
         )
-    record = read_json(directory / "stage.json") or {}
+    record = read_json(directory / RECORD) or {}
     rows, idle = read_rows(directory / METRICS)
     if is_mixture(directory):
         trained = record.get("function") == "train_model" or (directory / METRICS).is_file()
         weight_files(directory)
         assembled, source = assembled_of(directory, record), directory
         assembled = None if trained and assembled == directory else assembled
-        train = record["config"]["train"] if record.get("function") == "train_model" else train
+        with reading(directory / RECORD, "copy it again"):
+            train = record["config"]["train"] if record.get("function") == "train_model" else train
         state, stage = "trained" if trained else "assembled", record.get("stage", stage)
     elif (directory / METRICS).is_file() and not (directory / "config.json").exists():
         if rows and "load" not in rows[-1]:
@@ -154,18 +160,16 @@ def read_rows(path: Path) -> tuple[list[dict[str, Any]], float]:
     """
     if not path.is_file():
         return [], 0.0
-    lines, rows = path.read_text().splitlines(), []
+    with reading(path, RESTORE):
+        text = path.read_text(encoding="utf-8")
+    lines, rows = text.splitlines(), []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-            rows[-1]["step"]
-        except (ValueError, KeyError, TypeError):
-            if number == len(lines):
-                del rows[number - 1 :]
+            rows.append(row_of(line))
+        except ValueError as error:
+            if number == len(lines) and isinstance(error, json.JSONDecodeError):
                 break
-            raise ValueError(
-                f"{path}: line {number} is no row of metrics; restore the file, or take the line out"
-            ) from None
+            raise ValueError(f"{path}: line {number} is no row of metrics ({error}); {RESTORE}") from None
     return rows, time.time() - path.stat().st_mtime
 
 

@@ -11,6 +11,7 @@ from evals.doctor_case import LAST, Case, Finding, now
 from evals.doctor_weights import Weights
 from upcycle.config import PhaseConfig
 from upcycle.configuration import UpcycledConfig
+from upcycle.durable import reading
 from upcycle.explain import read_json
 from upcycle.kinds import FACTS
 from upcycle.optim import group_of, trainable_names
@@ -31,14 +32,16 @@ def proof(case: Case, found: Weights | None) -> Finding:
     if case.assembled is None:
         said = "its assembly is not at hand: whether it was proved is not known"
         return Finding("proof", "look", said, None, "proof.json", "keep the assembled mixture beside the trained one")
-    written = read_json(case.assembled / "proof.json")
+    path = case.assembled / "proof.json"
+    written = read_json(path, "one_hot_errors")
     where = "" if case.assembled == case.directory else f"before its training ({case.assembled.name}): "
     if written is None:
         do = f"{PROVE}; or assemble again with {case.setting('assemble.prove')}=true"
         return Finding(
             "proof", "look", f"{where}absent: experts were not compared with their models", None, "proof.json", do
         )
-    worst = max([*written["one_hot_errors"].values(), written.get("gated_sum_error", 0.0)])
+    with reading(path, "prove it again (--prove), or assemble again"):
+        worst = max(map(float, [*written["one_hot_errors"].values(), written.get("gated_sum_error", 0.0)]))
     if not worst <= TOLERANCE:
         said = f"{where}an expert alone, or the gated sum, is off by {worst:.1e} of the largest value"
         return Finding("proof", "bad", said, worst, f"at most {TOLERANCE:g}", "assemble again; do not use this mixture")
@@ -78,7 +81,7 @@ def _changed(directory: Path, written: dict[str, Any], found: Weights) -> Findin
 
 def _changed_experts(directory: Path) -> tuple[list[str], int]:
     """See `proof.changed_experts`; nothing can be said of experts that were trained before the mixture was edited."""
-    made = read_json(directory / "assembly.json")
+    made = read_json(directory / "assembly.json", "tensors")
     if made is None or any("trained_before" in edit for edit in made.get("edits", [])):
         return [], 0
     return changed_experts(directory)
@@ -121,7 +124,7 @@ def _scale(rule: Rule) -> str:
 
 def copies_are_the_seed(config: UpcycledConfig, assembled: Path | None) -> list[str]:
     """Why a mixture of copies of the seed, placed like this one, would not be the seed; [] if it would."""
-    placed = (read_json(assembled / "assembly.json") or {}).get("placed", {}) if assembled else {}
+    placed = (read_json(assembled / "assembly.json", "placed") or {}).get("placed", {}) if assembled else {}
     experts = placed.get("experts", [])
     grouped = len({expert["row"] for expert in experts}) * config.split == len(experts)
     reasons = {

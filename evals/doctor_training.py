@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from evals.doctor_case import LAST, Case, Finding, now
+from evals.doctor_case import LAST, RESTORE, Case, Finding, now
+from evals.evidence import METRICS
+from upcycle.durable import reading
 from upcycle.kinds import FACTS
 from upcycle.routing import DEAD_SHARE
 
@@ -51,13 +53,15 @@ def progress(case: Case) -> Finding:
             "train through upcycle, which writes a row a step; or keep metrics.jsonl beside the weights",
         )  # fmt: skip
     last, steps = case.rows[-1], case.train.steps if case.train else None
-    done = f"step {case.step} of {steps or 'an unknown number'}, lr {last['lr']:.1e}, loss {last['loss']:.3f}"
+    with reading(case.directory / METRICS, RESTORE):
+        done = f"step {case.step} of {steps or 'an unknown number'}, lr {last['lr']:.1e}, loss {last['loss']:.3f}"
+        tokens = last["tokens"] / last["step"]
     if case.state == "trained":
         whole = steps is None or case.step == steps
         do = "" if whole else "metrics.jsonl is of another training, or was cut: restore it, or train again"
         return Finding("progress", "ok" if whole else "look", done, case.step, f"{steps or '?'} steps", do)
     rate = last.get("tokens_per_second", 0)
-    seconds = last["tokens"] / last["step"] / rate if rate else 0.0
+    seconds = tokens / rate if rate else 0.0
     patience = max(PATIENCE_SECONDS, PATIENCE_STEPS * seconds)
     said = f"{done}; last step {case.idle_seconds:.0f} s ago, a step takes {seconds:.1f} s"
     if case.idle_seconds <= patience:
@@ -215,7 +219,7 @@ def load_trend(case: Case, part: str) -> Finding | None:
         return None
     at, line = min(found, key=lambda one: now(even_NL)[one[0]] + one[1].slope * ahead)
     current = float(now(even_NL)[at])
-    then = current + line.slope * ahead
+    then = min(1.0, max(0.0, current + line.slope * ahead))  # a line goes on beyond what evenness can be
     per = f"{1000 * line.slope:+.2f} [{1000 * line.low:+.2f}, {1000 * line.high:+.2f}] in 1000 steps"
     said = f"evenness of layer {load.layers[at]} is {current:.2f}, {per}; {then:.2f} after {ahead} more"
     falling = line.high < 0 and then < UNEVEN <= current

@@ -8,10 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import numpy as np
 
+from upcycle.durable import read_object, reading
+from upcycle.store import TIMING
+
 CURVE_POINTS = 200
+METRICS = "metrics.jsonl"
+FIGURES = ("tokens", "lr", "loss", "cross_entropy")  # of a row, where it has them
 
 
 @dataclass(frozen=True)
@@ -31,13 +37,17 @@ def first_names(names: Sequence[str]) -> str:
 
 def load_evaluation(name: str, directory: Path, domains: Sequence[str]) -> Evaluation:
     """Read an evaluation directory; raises ValueError unless its two files agree and every sum is finite."""
-    summary = json.loads((directory / "evaluation.json").read_text(encoding="utf-8"))
+    path, arrays_path = directory / "evaluation.json", directory / "documents.npz"
+    summary = read_object(path, "domains", "split", "sequence_length")
+    with reading(path):
+        for total in summary["domains"].values():
+            float(total["nats"]), int(total["tokens"])
     if missing := [domain for domain in domains if domain not in summary["domains"]]:
         raise ValueError(
             f"the evaluation of {name} lacks the domains {first_names(missing)}; it has "
             f"{first_names(list(summary['domains']))}. Evaluate {name} on every domain of the report ({directory})."
         )
-    with np.load(directory / "documents.npz") as arrays:
+    with reading(arrays_path), _arrays(arrays_path) as arrays:
         nats, tokens, sizes = (
             {domain: arrays[f"{domain}.{unit}"].astype(np.float64) for domain in domains}
             for unit in ("nats", "tokens", "bytes")
@@ -45,6 +55,13 @@ def load_evaluation(name: str, directory: Path, domains: Sequence[str]) -> Evalu
     for domain in domains:
         _check_sums(f"the evaluation of {name} on {domain}", nats[domain], tokens[domain], summary["domains"][domain])
     return Evaluation(summary, nats, tokens, sizes)
+
+
+def _arrays(path: Path) -> np.lib.npyio.NpzFile:
+    """np.load of an archive, which takes any other file for a pickle."""
+    if path.exists() and not is_zipfile(path):
+        raise ValueError("not a whole .npz")
+    return np.load(path)
 
 
 def _check_sums(where: str, nats: np.ndarray, tokens: np.ndarray, total: Mapping[str, Any]) -> None:
@@ -85,15 +102,38 @@ def check_same_test(scores: Mapping[str, Evaluation]) -> None:
 
 def read_seconds(directory: Path) -> float:
     """Wall time of a stage, from its timing.json."""
-    return float(json.loads((directory / "timing.json").read_text(encoding="utf-8"))["seconds"])
+    found = read_object(directory / TIMING)
+    with reading(directory / TIMING):
+        return float(found["seconds"])
 
 
-def read_rows(directory: Path) -> list[dict[str, Any]]:
-    """The steps of a stage's metrics.jsonl in order, each as last logged (a resumed run logs some twice); none without it."""
-    path = directory / "metrics.jsonl"
-    if not path.exists():
+def row_of(line: str) -> dict[str, Any]:
+    """A line of metrics.jsonl. Raises ValueError: it is no step's figures."""
+    row = json.loads(line)
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        raise ValueError("no figures of a step")
+    for name in FIGURES:
+        if not isinstance(row.get(name, 0), int | float):
+            raise ValueError(f"{name}={row[name]!r} is no number")
+    return row
+
+
+def read_rows(directory: Path, trained: bool = False) -> list[dict[str, Any]]:
+    """The steps of a stage's metrics.jsonl in order, each as last logged (a resumed run logs some twice); none without it.
+
+    Raises ValueError: a line is no step's; a stage that `trained` has no rows.
+    """
+    path, rows, number = directory / METRICS, {}, 0
+    if not trained and not path.exists():
         return []
-    rows = {row["step"]: row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+    with reading(path):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        if trained and not lines:
+            raise ValueError("no rows, expected one for each step of the training")
+    for number, line in enumerate(lines, 1):
+        with reading(path.with_name(f"{METRICS}, line {number}")):
+            row = row_of(line)
+            rows[row["step"]] = row
     return [rows[step] for step in sorted(rows)]
 
 
@@ -111,14 +151,17 @@ def curve_of(rows: Sequence[Mapping[str, Any]]) -> list[list[float]]:
     return [[float(value) for value in part.mean(axis=0)] for part in bins]
 
 
-def read_ablation(directory: Path) -> dict[str, Any]:
-    """Nats per token of every domain: `whole`, and of each of `experts` as `removed` (None where that cannot be) and `forced`."""
-    found = json.loads((directory / "ablation.json").read_text(encoding="utf-8"))
+def read_ablation(directory: Path, domains: Sequence[str]) -> dict[str, Any]:
+    """Nats per token of `domains`, in their order: `whole`, and of each of `experts` as `removed` (None where that cannot be) and `forced`."""
+    path = directory / "ablation.json"
+    found = read_object(path, "max_tokens", "whole", "experts")
 
-    def rate(domains: Mapping[str, Any] | None) -> dict[str, float] | None:
-        return None if domains is None else {name: one["nats"] / one["tokens"] for name, one in domains.items()}
+    def rate(of: Mapping[str, Any] | None) -> dict[str, float] | None:
+        return None if of is None else {name: of[name]["nats"] / of[name]["tokens"] for name in domains}
 
-    experts = {
-        name: {"removed": rate(one["removed"]), "forced": rate(one["forced"])} for name, one in found["experts"].items()
-    }
-    return {"max_tokens": found["max_tokens"], "whole": rate(found["whole"]), "experts": experts}
+    with reading(path):
+        experts = {
+            name: {"removed": rate(one["removed"]), "forced": rate(one["forced"])}
+            for name, one in found["experts"].items()
+        }
+        return {"max_tokens": found["max_tokens"], "whole": rate(found["whole"]), "experts": experts}

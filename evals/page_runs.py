@@ -57,7 +57,7 @@ def _plain_table(label: str, titles: list[str], rows: list[list[str]]) -> str:
         f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td class={chr(34)}text{chr(34)}>{escape(one)}</td>" for one in row[1:])}</tr>'
         for row in rows
     )
-    return scroll(label, f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+    return scroll(label, f'<table class="plain"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>')
 
 
 def _settings(found: Mapping[str, Any]) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from upcycle.durable import read_object
 from upcycle.store import RECORD, provenance
 
 WITHOUT_EFFECT = (
@@ -39,7 +39,7 @@ def made_by(stages: Mapping[str, Path]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name, directory in stages.items():
         path = directory / RECORD
-        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        record = read_object(path) if path.is_file() else {}
         found.setdefault(record.get("made_by", {}).get("commit", "unknown"), []).append(name)
     return found
 

@@ -18,6 +18,7 @@ import numpy as np
 from evals.course import POINTS, course_of
 from evals.evidence import (
     CURVE_POINTS,
+    METRICS,
     Evaluation,
     check_same_test,
     curve_of,
@@ -33,6 +34,7 @@ from evals.page import render_page
 from evals.pareto import pareto
 from evals.statistics import bootstrap_domains, mean_over_domains, percentile_interval
 from evals.tables import format_table, markdown_table, update_readme
+from upcycle.durable import reading
 
 __all__ = ["ModelRow", "build_report", "format_table", "markdown_table", "update_readme", "write_report"]
 
@@ -44,7 +46,7 @@ NOT_COMPARED = (
     "oracle",
 )  # every other kind is a mixture or a merge: the models on trial
 DEFINITIONS = {
-    "perplexity": "exp(nats per token) over a domain's test tokens: of its first whole documents up to max_tokens, or of all",
+    "perplexity": "exp(nats per token) over a domain's test tokens: of as many first whole documents as fit in max_tokens, at least one, or of all",
     "average": "mean over the group's domains of nats per token, each domain counting once; its perplexity is the exp",
     "interval": "95% percentile bootstrap over documents; every model is scored on the same resampled documents",
     "nats_difference": "model minus against: nats per token, mean over the trained domains; below 0: model is better",
@@ -122,7 +124,7 @@ def build_report(
     seconds = {stage: read_seconds(Path(directory)) for stage, directory in training.items()}
     models = {row.name: _describe(row, seconds, scores[row.name], training) for row in rows}
     for name, directory in (ablations or {}).items():
-        models[name]["ablation"] = read_ablation(Path(directory))
+        models[name]["ablation"] = read_ablation(Path(directory), list(domains))
     _relate(models, {row.name: asdict(row) for row in rows}, reference)
     sources = oracle_sources(rows, domains)
     if sources:
@@ -204,7 +206,10 @@ def _describe(
 ) -> dict[str, Any]:
     """What a model is and cost: the row, its wall times, its routing, and how its last stage's training went."""
     alone = row.stages and len(row.stages[-1]) == 1
-    steps = read_rows(Path(training[row.stages[-1][0]])) if alone else []
+    last = Path(training[row.stages[-1][0]]) if alone else None
+    steps = read_rows(last, trained=row.flops_per_token is not None) if last else []
+    with reading(last / METRICS if last else Path()):
+        curve, course = curve_of(steps), course_of(steps)
     return {
         "kind": row.kind,
         "parameters": row.parameters,
@@ -215,9 +220,9 @@ def _describe(
         "seconds": sum(seconds[stage] for group in row.stages for stage in group),
         "parallel_seconds": sum(max(seconds[stage] for stage in group) for group in row.stages),
         "routing": score.summary.get("routing"),
-        "curve": curve_of(steps),
+        "curve": curve,
         "flops_per_token": row.flops_per_token,
-        "course": course_of(steps),
+        "course": course,
     }
 
 

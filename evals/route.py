@@ -35,7 +35,7 @@ def read_routes(directory: str | Path, text: str, new_tokens: int) -> dict[str, 
     """`tokens` (id and text), how many are of the `prompt`, and of each routed sublayer `experts`, `layers`, `gates`.
 
     gates: [layer][token][expert] as applied, in thousandths.
-    Raises ValueError: no mixture there, no tokens in `text`, or more than the model's positions.
+    Raises ValueError: no mixture there, no tokens in `text`, or more than the model's positions; logits that are no numbers.
     """
     directory = resolve(directory)
     found = Checkpoint(directory).config
@@ -60,7 +60,12 @@ def read_routes(directory: str | Path, text: str, new_tokens: int) -> dict[str, 
             pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
     trace = RoutingTrace()
-    model(ids, trace=trace, use_cache=False)
+    logits = model(ids, trace=trace, use_cache=False).logits
+    if not logits.isfinite().all():
+        raise ValueError(
+            f"{directory}: its logits of this text are not all finite, so what it chooses means nothing; `upcycle doctor "
+            f"{directory}` says which weights are at fault"
+        )
     texts = token_texts(tokenizer, ids[0].tolist())
     return {
         "tokens": [{"id": int(one), "text": shown} for one, shown in zip(ids[0], texts, strict=True)],

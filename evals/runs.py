@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from evals.evidence import first_names
-from evals.provenance import flattened
 from evals.tables import ABSENT, average_title, shown_groups, write_perplexity, write_signed
 
-FEW = 8  # settings named on a terminal
+FEW, WIDE = 8, 100  # settings named on a terminal; characters of one's line
 NOT_SETTINGS = ("name", "artifacts", "plan", "stage", "out", "dry_run")  # of a run's config: where things go
 
 
@@ -91,14 +90,21 @@ def _words(value: Any) -> str:
 
 def _differences(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Settings that differ, by path; a run without a setting, or a report of an earlier version, has None there."""
-    flat = {run: dict(flattened(report["provenance"].get("config", {}))) for run, report in reports.items()}
-    paths = dict.fromkeys(path for settings in flat.values() for path in settings)
-    found = {path: {run: settings.get(path) for run, settings in flat.items()} for path in paths}
-    return {
-        path: values
-        for path, values in found.items()
-        if path not in NOT_SETTINGS and any(value != next(iter(values.values())) for value in values.values())
-    }
+    configs = {run: report["provenance"].get("config", {}) for run, report in reports.items()}
+    return {path: values for path, values in _unlike("", configs) if path not in NOT_SETTINGS}
+
+
+def _unlike(path: str, values: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Settings at and below a path that differ; one entry for a whole group, such as a mixture, that some runs have none of."""
+    groups = [run for run, value in values.items() if isinstance(value, Mapping)]
+    if len(groups) == len(values):
+        for key in dict.fromkeys(key for value in values.values() for key in value):
+            below = {run: value.get(key) for run, value in values.items()}
+            yield from _unlike(f"{path}.{key}" if path else key, below)
+    elif groups and all(value is None for run, value in values.items() if run not in groups):
+        yield path, {run: f"only in {', '.join(groups)}" if run in groups else None for run in values}
+    elif any(value != next(iter(values.values())) for value in values.values()):
+        yield path, dict(values)
 
 
 def run_rows(found: Mapping[str, Any]) -> list[list[str]]:
@@ -136,14 +142,19 @@ def format_runs(found: Mapping[str, Any]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "─" * (sum(widths) + 2 * len(widths) - 2))
-    settings = [
-        f"{path}: {' | '.join(write_setting(value) for value in values.values())}"
-        for path, values in list(found["settings"].items())[:FEW]
-    ]
+    settings = [line for path, values in list(found["settings"].items())[:FEW] for line in _setting_lines(path, values)]
     if (more := len(found["settings"]) - FEW) > 0:
         settings.append(f"and {more} more")
     told = ["", f"Settings that differ ({' | '.join(found['runs'])}):", *settings] if settings else []
     return "\n".join([*lines, "", note(found), *told])
+
+
+def _setting_lines(path: str, values: Mapping[str, Any]) -> list[str]:
+    """One line, or one a run where they are long."""
+    line = f"{path}: {' | '.join(write_setting(value) for value in values.values())}"
+    if len(line) <= WIDE:
+        return [line]
+    return [f"{path}:", *(f"    {run}: {write_setting(value)}" for run, value in values.items())]
 
 
 def write_setting(value: Any) -> str:

@@ -149,7 +149,8 @@ def caption(report: Mapping[str, Any]) -> str:
     seconds = f" All stages together: {write_cost('seconds', report['seconds'])} s." if report.get("seconds") else ""
     apart = report.get("stride", report["sequence_length"])
     limit = report.get("max_tokens")
-    first = f" (of each domain its first documents, up to {write_count(limit)} tokens)" if limit else ""
+    fit = f"as many as fit in {write_count(limit)} tokens, at least one" if limit else ""
+    first = f" (of each domain its first whole documents, {fit})" if fit else ""
     moved = "" if apart == report["sequence_length"] else f" that begin every {apart}"
     return (
         f"{report['split'].capitalize()} perplexity (lower is better) in windows of {report['sequence_length']} "

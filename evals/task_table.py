@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from evals.tables import ABSENT
+from upcycle.durable import read_object, reading
 
 FEW = 8  # tasks whose table still fits a terminal
 NOTE = (
@@ -24,13 +24,15 @@ def add_tasks(report: dict[str, Any], directories: Mapping[str, Path]) -> None:
     """
     chance: dict[str, float | None] = {}
     for name, directory in directories.items():
-        found = json.loads((directory / "tasks.json").read_text(encoding="utf-8"))
-        report["tasks"] = {"lm_eval": found["lm_eval"], "chance": chance}
-        shown = {task: row for task, row in found["tasks"].items() if row["group"] is None}
-        report["models"][name]["tasks"] = {
-            task: {key: row[key] for key in ("metrics", "questions", "sources")} for task, row in shown.items()
-        }
-        chance |= {task: row["chance"] for task, row in shown.items()}
+        path = directory / "tasks.json"
+        found = read_object(path)
+        with reading(path):
+            report["tasks"] = {"lm_eval": found["lm_eval"], "chance": chance}
+            shown = {task: row for task, row in found["tasks"].items() if row["group"] is None}
+            report["models"][name]["tasks"] = {
+                task: {key: row[key] for key in ("metrics", "questions", "sources")} for task, row in shown.items()
+            }
+            chance |= {task: row["chance"] for task, row in shown.items()}
 
 
 def task_rows(report: Mapping[str, Any]) -> list[list[str]]:

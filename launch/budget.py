@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -51,12 +52,13 @@ def shared_out(raw: Mapping[str, Any]) -> dict[str, Any]:
     """
     raw = dict(raw)
     shares = raw.pop("shares", None)
+    of_branches = None if shares is None else _fraction(shares)
     if raw.pop("budget", None) is not None:
         raise ValueError("budget: expected tokens here, which `upcycle budget=...` works out; give tokens=")
     if raw.get("tokens") is None:
         return raw
     raw["tokens"] = total = read_tokens(raw["tokens"])
-    of_branches = _fraction(shares)
+    of_branches = _fraction(shares) if of_branches is None else of_branches
     branches, mixtures = (_named(raw.get(key)) for key in ("branches", "mixtures"))
     branches = {name: item for name, item in branches.items() if not item.get("path")}
     mixtures = {name: item for name, item in mixtures.items() if _own(item) != 0}
@@ -91,11 +93,13 @@ def _fraction(shares: Any) -> float:
     """The branches' part of the tokens."""
     found = shares if isinstance(shares, Mapping) else {}
     numbers = [found.get(name) for name in ("branches", "mixture")]
-    if set(found) != {"branches", "mixture"} or not all(isinstance(one, int | float) and one > 0 for one in numbers):
+    whole = set(found) == {"branches", "mixture"} and all(isinstance(one, int | float) and one > 0 for one in numbers)
+    if not whole or not math.isclose(sum(numbers), 1, abs_tol=1e-6):
         raise ValueError(
-            f"shares={shares}: expected two numbers above 0, such as shares={{branches: 0.8, mixture: 0.2}}"
+            f"shares={shares}: expected two numbers above 0 that sum to 1, branches and mixture, such as "
+            "'shares={branches: 0.8, mixture: 0.2}'"
         )
-    return numbers[0] / sum(numbers)
+    return numbers[0]
 
 
 def tokens_within(seconds: float, seconds_of: Callable[[int], float], start: int) -> int:

@@ -17,6 +17,7 @@ from upcycle.phases import check_experts, plan_phases
 if TYPE_CHECKING:
     from launch.config import Config
 
+LEAST_SAMPLES = 100  # of the bootstrap; below, 2.5% are fewer than three draws
 # What the report calls the models that are neither branch nor mixture.
 OWN_NAMES = ("seed", "soup", "greedy_soup", "btm", "dense", "dense_compute", "oracle")
 
@@ -77,7 +78,12 @@ def _check_proportions(cfg: Config, where: str, train: TrainConfig) -> None:
 
 
 def _check_evaluation(cfg: Config) -> None:
-    """Every domain needs documents in the split that models are measured on."""
+    """Every domain needs documents in the split that models are measured on, and intervals enough draws."""
+    if cfg.domains and cfg.eval.bootstrap_samples < LEAST_SAMPLES:
+        raise ValueError(
+            f"eval.bootstrap_samples={cfg.eval.bootstrap_samples}: expected at least {LEAST_SAMPLES}, of which the ends of a 95% "
+            "interval can be read; raise it"
+        )
     for name, domain in cfg.domains.items():
         if getattr(domain, f"{cfg.eval.split}_fraction") == 0:
             raise ValueError(

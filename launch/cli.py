@@ -10,14 +10,14 @@ from itertools import takewhile
 USAGE = """\
 upcycle                        run the demo: pretrain a seed, branch, assemble BTX and BAM, train, compare
 upcycle key=value ...          the same with other settings; experiment=tiny is a one-minute walk
-upcycle plan=true              what would run, what it would cost, what is done already; computes nothing
+upcycle plan=true              what would run, what it would cost, what is done already; makes nothing (budget= is measured)
 upcycle stage=branch/code      one stage only
 upcycle tokens=50M             that many for branches and mixture together; budget=2h: as many as that time is enough for
 upcycle -m key=a,b ...         a sweep; runs share every artifact they can
 upcycle status [RUN ...]       the runs here and how far they are
 upcycle explain DIR            what each tensor of a mixture came from, its routers, its size; how a merged model was merged; --all, --json
 upcycle doctor DIR|RUN         what is wrong with a mixture, in training too, and what to do about it; --json, --prove
-upcycle report [RUN ...]       print a run's table again; --readme writes it into README.md; of several runs also what they say
+upcycle report [RUN ...]       print a run's table again (of the newest without a name); --readme writes it into README.md; of several runs also what they say
                                of the models they share; --html=OUT.html
 upcycle export DIR OUT         a mixture as Mixtral, Qwen2-MoE, Qwen3-MoE or FlexOlmo where it equals one, else with its code;
                                --format=NAME, --report=RUN/report.json

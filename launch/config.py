@@ -29,6 +29,7 @@ from upcycle.merge_config import MergeConfig
 from upcycle.mistakes import in_words
 from upcycle.mixture_config import MixtureConfig
 
+RUN_NAME = r"^[\w.-]*\w$"
 # Where a setting of every branch or mixture may stand once, for all of them.
 SHARED = {("branches", "train"): "branch", ("mixtures", "train"): "mix", ("mixtures", "assemble"): "assemble"}
 
@@ -44,7 +45,7 @@ class Config:
     what the mixtures would be and stop. `ablation`: measure what each expert is worth; None does not.
     """
 
-    name: str = Field(pattern=r"^[\w.-]*\w$")
+    name: str = Field(pattern=RUN_NAME)
     rng_seed: int = Field(ge=0)
     plan: bool
     stage: str | None
@@ -111,6 +112,7 @@ def build(raw: dict[str, Any]) -> Config:
 
     Training on 0 tokens is no training. Raises ValueError, naming the key's path and the nearest valid names.
     """
+    _check_objects(raw)
     raw = shared_out(raw)
     shared = {key: dict(raw.pop(key, None) or {}) for key in SHARED.values()}
     own = {key: raw.get(key) or {} for key in ("branches", "mixtures")}
@@ -138,8 +140,22 @@ def _with_merge(merges: Any, one: Any) -> Any:
     if not isinstance(merges, dict):
         return merges  # pydantic names it
     if "merged" in merges:
-        raise ValueError("merge and merges.merged are two settings of one model; leave one out, or give the other another name")
+        raise ValueError(
+            "merge and merges.merged are two settings of one model; leave one out, or give the other another name"
+        )
     return {"merged": one} | merges
+
+
+def _check_objects(raw: dict[str, Any]) -> None:
+    """Raises ValueError: what is to be merged with other settings is none, in pydantic's words."""
+    found = {name: raw.get(name) for name in (*SHARED.values(), "dense", "dense_compute")}
+    for key, part in SHARED:
+        items = raw.get(key)
+        for name, item in items.items() if isinstance(items, dict) else ():
+            found[f"{key}.{name}.{part}"] = item.get(part) if isinstance(item, dict) else None
+    for where, value in found.items():
+        if value is not None and not isinstance(value, dict):
+            raise ValueError(f"{where}: Input should be an object (got {value!r})")
 
 
 def _check_shared_assembly(shared: dict, mixtures: dict[str, Any]) -> None:

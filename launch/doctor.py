@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from launch.status import RUNS, found_runs
+from launch.status import RUNS, found_runs, read_manifest, read_settings
 
 if TYPE_CHECKING:
     from evals.doctor_case import Case, Finding
@@ -69,7 +68,7 @@ def cases(name: str) -> list[Case]:
             found_runs([name])  # says which runs there are
         return [read_case(Path(name))]
     (run,) = found_runs([name])
-    manifest, settings = json.loads((run / "manifest.json").read_text()), _settings(run)
+    manifest, settings = read_manifest(run), read_settings(run)
     store, found = _store(run, settings["artifacts"]), []
     for stage, artifact in manifest.items():
         kind, _, mixture = stage.partition("/")
@@ -91,12 +90,6 @@ def cases(name: str) -> list[Case]:
     return found
 
 
-def _settings(run: Path) -> dict[str, Any]:
-    settings = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
-    assert isinstance(settings, dict)
-    return {str(key): value for key, value in settings.items()}
-
-
 def _store(run: Path, artifacts: str) -> Path:
     """The run's artifacts, as seen from here; else from where runs/ lies."""
     return next(
@@ -114,7 +107,7 @@ def show(case: Case, findings: list[Finding], console: Console, every: bool = Tr
     shown = [finding for finding in findings if every or finding.verdict != "ok"]
     table = Table(box=None, pad_edge=False, header_style="")
     for column in ("", "check", "found", "compared with"):
-        table.add_column(column, no_wrap=column in ("", "check"))
+        table.add_column(column, no_wrap=column in ("", "check"), overflow="fold")
     for finding in shown:
         style = STYLES[finding.verdict]
         table.add_row(Text(finding.verdict, style), finding.check, Text(finding.said), Text(finding.threshold))

@@ -89,7 +89,7 @@ def texts_of(cfg: Config, name: str) -> dict[str, float]:
     add = "" if cfg.trained_domains else ", after adding one as +domains@domains.code=code"
     raise ValueError(
         f"a merge reads the curvature of {name}, which was brought along, and nothing says on which text to measure it; write "
-        f"+curvature.texts.{name}={{DOMAIN: 1.0}} with a trained domain ({', '.join(cfg.trained_domains) or 'there is none'}){add}"
+        f"curvature.texts.{name}={{DOMAIN: 1.0}} with a trained domain ({', '.join(cfg.trained_domains) or 'there is none'}){add}"
     )
 
 
@@ -112,7 +112,11 @@ def check_merges(cfg: Config, members: Mapping[str, Iterable[str]]) -> None:
                     f"curvature.texts.{name} names {domain!r}, expected one of the trained domains "
                     f"({', '.join(cfg.trained_domains)}){nearest(domain, cfg.trained_domains)}"
                 )
-    if cfg.curvature.texts and not cfg.curvature.compare and not any(reads(merge, m) for _, merge, m in merges_of(cfg, members)):
+    if (
+        cfg.curvature.texts
+        and not cfg.curvature.compare
+        and not any(reads(merge, m) for _, merge, m in merges_of(cfg, members))
+    ):
         raise ValueError("curvature.texts has no effect: no merge of this run reads curvature; leave it out")
     for name in ["seed", *cfg.branches] if cfg.curvature.compare else []:
         texts_of(cfg, name)

@@ -13,6 +13,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from launch.config import RUN_NAME
 from upcycle.config import nearest
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -20,6 +21,11 @@ TAKES_A_VALUE = {"--config-dir", "-cd", "--config-path", "-cp", "--config-name",
 SWEEPS = {"-m", "--multirun"}
 DIRECTORY = re.compile(r"(?P<key>\+{0,2}(?:seed\.path|branches\.[^.=]+\.path|out|artifacts))=(?P<value>.*)", re.S)
 BRANCH = re.compile(r"\+{0,2}branches\.(?P<name>[^.=]+)(?P<path>\.path)?=(?P<value>.*)", re.S)
+NAME = re.compile(r"\+{0,2}name=(?P<value>.*)", re.S)
+MIXTURE = re.compile(r"mixtures\.(?P<name>[^.=]+)\.(?:match|scratch)=.*", re.S)
+OWN_NAMES = re.compile(
+    r"(?:merges|curvature\.texts)(?:\.[^=]+)?=.*", re.S
+)  # settings by names of the user's: no file has them
 # A directory that Hydra takes without quotes, and as text.
 PLAIN = re.compile(r"[A-Za-z_./][\w/\-.+%@:]*", re.ASCII)
 
@@ -27,11 +33,25 @@ PLAIN = re.compile(r"[A-Za-z_./][\w/\-.+%@:]*", re.ASCII)
 def rewritten(arguments: list[str]) -> list[str]:
     """The arguments as Hydra wants them: options first, directories quoted, branches that no file names.
 
-    Raises ValueError: a branch is given twice, without `.path`, or by a name that Hydra cannot read.
+    Raises ValueError: a branch is given twice, without `.path`, or by a name that Hydra cannot read; a run's name that is none.
     """
     sweep = bool(SWEEPS & set(arguments))
+    _check_name(arguments, sweep)
     arguments = [_quoted(argument, sweep) for argument in _options_first(arguments)]
-    return _free_branches(arguments)
+    arguments = [f"++{argument}" if OWN_NAMES.fullmatch(argument) else argument for argument in arguments]
+    return _free_mixtures(_free_branches(arguments))
+
+
+def _check_name(arguments: list[str], sweep: bool) -> None:
+    """The run's name, before Hydra makes its directory. Raises ValueError: it is none."""
+    for found in filter(None, map(NAME.fullmatch, arguments)):
+        given = found["value"].strip("'\"")
+        for name in given.split(",") if sweep else [given]:
+            if "$" not in name and not re.fullmatch(RUN_NAME, name):  # what Hydra fills in is checked with the settings
+                raise ValueError(
+                    f"name={name}: expected letters, digits, _, . and -, the last one no . or -, since runs/NAME becomes a directory; "
+                    "give the run such a name"
+                )
 
 
 def _options_first(arguments: list[str]) -> list[str]:
@@ -83,6 +103,18 @@ def _free_branches(arguments: list[str]) -> list[str]:
         if not any(re.match(rf"\+{{0,2}}branches\.{re.escape(name)}\.train\b", other) for other in arguments):
             result.append(f"++branches.{name}.train=null")
     return result
+
+
+def _free_mixtures(arguments: list[str]) -> list[str]:
+    """`mixtures.NAME.match=` and `.scratch=` of a mixture that there is, whether or not a file writes them: with `++`."""
+    if not any(map(MIXTURE.fullmatch, arguments)):
+        return arguments
+    names = set((_composed(arguments) or {}).get("mixtures") or {})
+    names |= set(re.findall(r"\+mixtures\.([^.=]+)", " ".join(arguments)))
+    found = [MIXTURE.fullmatch(argument) for argument in arguments]
+    return [
+        f"++{one}" if match and match["name"] in names else one for one, match in zip(arguments, found, strict=True)
+    ]
 
 
 def own_arguments(tokens: int | None = None) -> list[str]:
@@ -153,18 +185,36 @@ def _unknown_key(message: str) -> str:
     if found is None or "Did you mean" in message:  # Hydra's own guess, at a group's place
         return message
     path = found.group(1).split(".")
-    overrides = [argument for argument in sys.argv[1:] if argument.startswith(("experiment=", "tasks="))]
-    if own := _option(sys.argv[1:], "--config-dir", "-cd"):
-        overrides.append(f"hydra.searchpath=[file://{Path(own).absolute()}]")
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        try:
-            node: Any = hydra.compose("config", overrides=overrides)
-        except (HydraException, OmegaConfBaseException):
-            return message
+    node: Any = _composed(sys.argv[1:])
+    if node is None:
+        return message
     for depth, part in enumerate(path):
         names = [str(key) for key in node] if isinstance(node, DictConfig) else []
         if part not in names:
             where = ".".join(path[: depth + 1])
             return f"{where}: unknown key{nearest(part, names)} Valid here: {', '.join(names)}" if names else message
         node = node[part]
-    return message
+    return _unknown_within(found.group(1), node) or message
+
+
+def _unknown_within(where: str, node: Any) -> str | None:
+    """The key that `where={KEY: ...}` names on the command line and the settings there lack."""
+    names = [str(key) for key in node] if isinstance(node, DictConfig) else []
+    for argument in sys.argv[1:]:
+        if names and argument.startswith(f"{where}={{"):
+            given: Any = OverridesParser.create().parse_override(argument).value()
+            if unknown := [str(key) for key in given if str(key) not in names]:
+                return f"{where}.{unknown[0]}: unknown key{nearest(unknown[0], names)} Valid here: {', '.join(names)}"
+    return None
+
+
+def _composed(arguments: list[str]) -> Any:
+    """The settings of the experiment and tasks that are named, before all others; None where they cannot be composed."""
+    overrides = [argument for argument in arguments if argument.startswith(("experiment=", "tasks="))]
+    if own := _option(arguments, "--config-dir", "-cd"):
+        overrides.append(f"hydra.searchpath=[file://{Path(own).absolute()}]")
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        try:
+            return hydra.compose("config", overrides=overrides)
+        except (HydraException, OmegaConfBaseException):
+            return None

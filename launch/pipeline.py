@@ -52,10 +52,11 @@ ROOT = Path(__file__).resolve().parent.parent
 def compose(raw: DictConfig) -> None:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         _announce_job()
+    out = Path(HydraConfig.get().runtime.output_dir)
     try:
         check_package(raw)
         plain: Any = OmegaConf.to_container(raw, resolve=True, throw_on_missing=True)
-        run(plain, Path(HydraConfig.get().runtime.output_dir))
+        run(plain, out)
     except KeyboardInterrupt:
         if os.environ.get(STARTED) != "1" and os.environ.get("RANK", "0") == "0":  # a group's driver says it, once
             print("\nupcycle: stopped; the same command goes on from there", file=sys.stderr)
@@ -64,6 +65,8 @@ def compose(raw: DictConfig) -> None:
         if os.environ.get("UPCYCLE_TRACEBACK"):
             raise
         sys.exit(_fail(error))
+    finally:
+        _drop_empty(out)
 
 
 def _announce_job() -> None:
@@ -101,7 +104,6 @@ def _plan_or_make(cfg: Config, out: Path, team: Team, console: Console, budget: 
     experiment = upcycle(cfg, Store(cfg.artifacts))
     if cfg.plan:
         print_plan(experiment, console)
-        _drop_empty(out)
         return
     stages = list(experiment.store.stages.values())
     if cfg.stage is not None:
@@ -112,7 +114,6 @@ def _plan_or_make(cfg: Config, out: Path, team: Team, console: Console, budget: 
     check_destination(cfg, experiment)
     if cfg.dry_run:
         print_dry_run(experiment, console)
-        _drop_empty(out)
         return
     _check_group(cfg, team, stages)
     if os.environ.get(STARTED) == "1":  # one stage of a run that has a driver
@@ -224,10 +225,12 @@ def write_manifest(cfg: Config, experiment: Experiment, out: Path, budget: dict 
 
 
 def _drop_empty(out: Path) -> None:
-    """Hydra makes a run's directory before there is anything for it."""
+    """Hydra makes a run's directory, and those above it here, before there is anything for them."""
+    here = Path.cwd()
     with suppress(OSError):
-        out.rmdir()
-        out.parent.rmdir()
+        for directory in (out, *(parent for parent in out.parents if here in parent.parents)):
+            if directory != here:
+                directory.rmdir()
 
 
 def check_destination(cfg: Config, experiment: Experiment) -> None:

@@ -13,7 +13,15 @@ from launch.lineage import Lineage, train_flops
 from launch.recipes import Experiment
 from upcycle.config import TrainConfig
 from upcycle.explain import check_family, explain_plan
-from upcycle.stages import assemble_moe, draw_moe, import_model, merge_models, prepare_seed, train_model
+from upcycle.stages import (
+    assemble_moe,
+    draw_moe,
+    import_model,
+    measure_curvature,
+    merge_models,
+    prepare_seed,
+    train_model,
+)
 from upcycle.store import Artifact
 
 
@@ -82,6 +90,7 @@ def check_sources(stages: list[Artifact], console: Console) -> None:
 
     Raises ValueError: see `assembly.write_mixture`.
     """
+    compared: set[tuple[str, ...]] = set()  # for merges it is the same whatever the method
     for assembly in (
         stage for stage in stages if stage.function in (assemble_moe, merge_models) and not stage.finished
     ):
@@ -91,8 +100,9 @@ def check_sources(stages: list[Artifact], console: Console) -> None:
             continue
         if mixture:
             check_family(found["seed"], list(assembly.inputs["branches"]), assembly.config)
-        if not new or len(found) < 2:
+        if not new or len(found) < 2 or (not mixture and tuple(found) in compared):
             continue
+        compared.add(tuple(found))
         seed, branches = found.pop("seed"), found
         if mixture and len(branches) == len(assembly.inputs["branches"]):
             planned = explain_plan(seed, branches, assembly.config)
@@ -120,6 +130,8 @@ def check_texts(stages: list[Artifact]) -> None:
                 TokenArray(tokens.path, stage.config.split, sequence_length=2)  # one prediction
             elif train := train_of(stage):
                 TokenArray(tokens.path, "train", train.sequence_length)
+            elif stage.function is measure_curvature:
+                TokenArray(tokens.path, "train", stage.config["curvature"].sequence_length)
 
 
 def _compared(seed: Path, branches: dict[str, Path]) -> tuple[list[str], list[str]]:
@@ -134,10 +146,13 @@ def _compared(seed: Path, branches: dict[str, Path]) -> tuple[list[str], list[st
 
 
 def print_dry_run(experiment: Experiment, console: Console) -> None:
-    """What every mixture would be made of, after the checks that come before writing it; nothing is written.
+    """What every mixture would be made of, after the checks that come before writing it; nothing is written. Of merges, whether
+    their checkpoints fit together.
 
     Raises ValueError: a branch that is still to be trained; see `assembly.write_mixture`.
     """
+    if experiment.merges:
+        check_sources([experiment.store.stages[f"merge/{name}"] for name in experiment.merges], console)
     for name in experiment.mixtures:
         assembly = experiment.store.stages[f"assemble/{name}"]
         if assembly.function is draw_moe:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from upcycle.durable import read_object, reading
 from upcycle.store import RECORD
 
-RUNS = Path("runs")
+RUNS, README = Path("runs"), Path("README.md")
+AGAIN = "start that run again with its command, which writes the file anew"
+OF_REPORT = (
+    "experiment", "split", "sequence_length", "domains", "domain_groups", "documents", "models", "baseline", "provenance",
+)  # fmt: skip
+OF_MODEL = ("kind", "perplexity", "average", "tokens")
 
 
 def found_runs(names: list[str]) -> list[Path]:
@@ -21,71 +28,135 @@ def found_runs(names: list[str]) -> list[Path]:
     """
     if not names:
         return sorted(path.parent for path in RUNS.glob("**/manifest.json"))
-    found = [Path(name) if (Path(name) / "manifest.json").is_file() else RUNS / name for name in names]
-    for name, path in zip(names, found, strict=True):
-        if not (path / "manifest.json").is_file():
-            have = ", ".join(str(run.relative_to(RUNS)) for run in found_runs([])) or "none"
-            raise ValueError(f"{name}: no run of that name here (no {path / 'manifest.json'}); runs here: {have}")
+    return [_found(name) for name in names]
+
+
+def _found(name: str) -> Path:
+    places = [Path(name)] if Path(name).parts[:1] == RUNS.parts else [Path(name), RUNS / name]
+    for path in places:
+        if (path / "manifest.json").is_file():
+            return path
+    have = ", ".join(str(run.relative_to(RUNS)) for run in found_runs([])) or "none"
+    where = " or ".join(str(path) for path in places)
+    raise ValueError(f"{name}: no run of that name here (no manifest.json in {where}); runs here: {have}")
+
+
+def read_manifest(run: Path) -> dict[str, str]:
+    """The artifact of every stage. Raises ValueError: the file is damaged."""
+    path = run / "manifest.json"
+    found = read_object(path, fix=AGAIN)
+    found.pop("budget", None)  # how the run's tokens were found; no stage
+    with reading(path, AGAIN):
+        if wrong := [stage for stage, artifact in found.items() if not isinstance(artifact, str)]:
+            raise ValueError(f"{wrong[0]}={found[wrong[0]]!r}, expected the name of an artifact")
     return found
 
 
+def read_settings(run: Path) -> dict[str, Any]:
+    """The settings of a run, as composed. Raises ValueError: the file is missing or damaged."""
+    path = run / "config.yaml"
+    try:
+        found = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:  # of OmegaConf, of PyYAML, of the file
+        raise ValueError(f"{path}: not whole YAML ({' '.join(str(error).split())}); {AGAIN}") from None
+    if not isinstance(found, dict) or not isinstance(found.get("artifacts"), str):
+        raise ValueError(f"{path}: no settings of a run; {AGAIN}")
+    return {str(key): value for key, value in found.items()}
+
+
 def print_status(arguments: list[str]) -> int:
-    """One line a run: how many of its stages are done, and the first that is not."""
-    console = Console()
+    """One line a run: how many of its stages are done, and the first that is not; of one that cannot be read, why."""
+    console, code = Console(), 0
     try:
         runs = found_runs(arguments)
-        if not runs:
-            console.print("no runs here; `upcycle experiment=tiny` makes one")
-        for run in runs:
-            manifest = json.loads((run / "manifest.json").read_text())
-            manifest.pop("budget", None)  # how the run's tokens were found; no stage
-            store = Path(OmegaConf.load(run / "config.yaml")["artifacts"])
-            missing = [stage for stage, artifact in manifest.items() if not (store / artifact / RECORD).is_file()]
-            state = "finished" if not missing else f"next: {missing[0]}"
-            count = f"{len(manifest) - len(missing)} of {len(manifest)} stages done"
-            console.print(f"{run}  {count}, {state}", highlight=False)
-    except (ValueError, OSError) as error:
-        print(f"upcycle: {error}", file=sys.stderr)
-        return 2
-    return 0
+    except ValueError as error:
+        return _refused(error)
+    if not runs:
+        console.print("no runs here; `upcycle experiment=tiny` makes one")
+    for run in runs:
+        try:
+            console.print(f"{run}  {_state(run)}", highlight=False, markup=False, soft_wrap=True)
+        except (ValueError, OSError) as error:
+            code = _refused(error)
+    return code
 
 
-def _report(run: Path) -> dict:
-    if not (run / "report.json").is_file():
+def _state(run: Path) -> str:
+    manifest, store = read_manifest(run), Path(read_settings(run)["artifacts"])
+    missing = [stage for stage, artifact in manifest.items() if not (store / artifact / RECORD).is_file()]
+    count = f"{len(manifest) - len(missing)} of {len(manifest)} stages done"
+    return f"{count}, {f'next: {missing[0]}' if missing else 'finished'}"
+
+
+def _refused(error: Exception) -> int:
+    print(f"upcycle: {error}", file=sys.stderr)
+    return 2
+
+
+def _report(run: Path) -> dict[str, Any]:
+    path = run / "report.json"
+    if not path.is_file():
         raise ValueError(
             f"{run}: no report.json yet; run it to its end first (`upcycle status`); a run without domains has none"
         )
-    return json.loads((run / "report.json").read_text())
+    found = read_object(path, *OF_REPORT, fix=AGAIN)
+    with reading(path, AGAIN):
+        for name, model in found["models"].items():
+            if lacking := [key for key in OF_MODEL if key not in model]:
+                raise ValueError(f"{name} lacks {lacking[0]}")
+    return found
+
+
+def _table(run: str, report: Mapping[str, Any]) -> str:
+    from evals.tables import format_table
+    from evals.task_table import format_tasks
+
+    with reading(Path(run) / "report.json", AGAIN):
+        return "\n".join([format_table(report), *format_tasks(report)])
+
+
+def _named_or_newest(names: list[str]) -> list[Path]:
+    """The named runs, each once; without names the one whose report is newest."""
+    runs = found_runs(names)
+    if not names:
+        reported = [run for run in runs if (run / "report.json").is_file()]
+        if not reported:
+            raise ValueError("report: no run here has a report.json yet; `upcycle status` says how far they are")
+        return [max(reported, key=lambda run: (run / "report.json").stat().st_mtime)]
+    places = [run.resolve() for run in runs]
+    for name, place in zip(names, places, strict=True):
+        if places.count(place) > 1:
+            raise ValueError(f"{name}: named twice, expected different runs; name each once")
+    return runs
 
 
 def print_reports(arguments: list[str]) -> int:
-    """Each named run's table (of all runs, without names), and of several named ones what they say of the models they share.
+    """Each named run's table (the newest finished run's, without names), and of several what they say of the models they share.
 
-    --readme also writes the tables into README.md between their marks; --html=FILE the comparison as a page.
+    --readme also writes the tables into README.md between their marks; --html=FILE the comparison as a page. What is refused
+    prints and writes nothing.
     """
     from evals.page_runs import render_runs
     from evals.runs import compare_runs, format_runs
-    from evals.tables import format_table, update_readme
-    from evals.task_table import format_tasks
+    from evals.tables import update_readme
 
     console = Console()
     try:
         names, readme, page = _report_arguments(arguments)
-        reports = {str(run): _report(run) for run in found_runs(names)}
-        for found in reports.values():
-            text = "\n".join([format_table(found), *format_tasks(found)])
-            console.print(text, highlight=False, markup=False, soft_wrap=True)
-            if readme:
-                update_readme(found, Path("README.md"))
-        if len(names) > 1:
-            compared = compare_runs(reports)
-            console.print(f"\n{format_runs(compared)}", highlight=False, markup=False, soft_wrap=True)
-            if page is not None:
-                page.write_text(render_runs(compared), encoding="utf-8")
-                console.print(f"\n{page}: the same as a page", highlight=False, markup=False, soft_wrap=True)
+        reports = {str(run): _report(run) for run in _named_or_newest(names)}
+        told = [_table(run, report) for run, report in reports.items()]
+        compared = compare_runs(reports) if len(reports) > 1 else None
+        for report in reports.values() if readme else ():
+            update_readme(report, README)
+        if compared is not None:
+            told.append(f"\n{format_runs(compared)}")
+        if compared is not None and page is not None:
+            page.write_text(render_runs(compared), encoding="utf-8")
+            told.append(f"\n{page}: the same as a page")
     except (ValueError, OSError) as error:
-        print(f"upcycle: {error}", file=sys.stderr)
-        return 2
+        return _refused(error)
+    for text in told:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
@@ -94,13 +165,29 @@ def _report_arguments(arguments: list[str]) -> tuple[list[str], bool, Path | Non
     names = [argument for argument in arguments if not argument.startswith("--")]
     pages = [argument.removeprefix("--html=") for argument in arguments if argument.startswith("--html=")]
     readme = arguments.count("--readme")
-    known = len(names) + len(pages) + readme == len(arguments) and len(pages) <= 1
-    if not known or (pages and (len(names) < 2 or not pages[0].endswith(".html"))):
-        raise ValueError(
-            f"report: got {' '.join(arguments)}, expected [RUN ...] [--readme] [--html=OUT.html]; --html is of two runs at "
-            "least (a run's own page is its report.html)"
-        )
+    if len(names) + len(pages) + readme != len(arguments) or len(pages) > 1:
+        raise ValueError(f"report: got {' '.join(arguments)}, expected [RUN ...] [--readme] [--html=OUT.html]")
+    if pages:
+        _check_page(names, Path(pages[0]))
+    if readme:
+        _check_readme()
     return names, bool(readme), Path(pages[0]) if pages else None
+
+
+def _check_page(names: list[str], page: Path) -> None:
+    if len(names) < 2:
+        raise ValueError(
+            f"--html={page}: got {len(names)} runs, expected two at least; a run's own page is its report.html"
+        )
+    if page.suffix != ".html":
+        raise ValueError(f"--html={page}: expected a name that ends in .html; give it one")
+    if not page.absolute().parent.is_dir():
+        raise ValueError(f"--html={page}: there is no directory {page.absolute().parent}; make it, or write elsewhere")
+
+
+def _check_readme() -> None:
+    if not README.is_file():
+        raise ValueError(f"--readme: there is no {README.absolute()}; start it where the README.md to be written lies")
 
 
 def print_replicates(arguments: list[str]) -> int:
@@ -111,16 +198,21 @@ def print_replicates(arguments: list[str]) -> int:
 
     try:
         names = [argument for argument in arguments if not argument.startswith("--")]
-        if len(names) < 2:
-            raise ValueError(f"replicates: got {len(names)} runs, expected at least two that differ in rng_seed")
-        found = summarise([_report(run) for run in found_runs(names)])
+        runs = found_runs(names) if names else []
+        if len(runs) < 2:
+            got = f"{names[0]} alone" if names else "no run"
+            raise ValueError(
+                f"replicates: got {got}, expected at least two runs that differ in rng_seed: upcycle replicates RUN RUN ..."
+            )
+        if "--readme" in arguments:
+            _check_readme()
+        found = summarise([_report(run) for run in runs])
         print(markdown(found))
         for argument in arguments:
             if argument == "--readme":
-                replace_block(Path("README.md"), "replicates", "demo", markdown(found))
+                replace_block(README, "replicates", "demo", markdown(found))
             elif argument.startswith("--json="):
                 write_json(Path(argument.removeprefix("--json=")), found, sort_keys=False)
     except (ValueError, OSError) as error:
-        print(f"upcycle: {error}", file=sys.stderr)
-        return 2
+        return _refused(error)
     return 0

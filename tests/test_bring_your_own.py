@@ -302,7 +302,7 @@ def with_domains(models, tmp_path, *more):
         lines = [{"text": " ".join(f"{rng.getrandbits(30)}" for _ in range(60))} for _ in range(200)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
         domains += [f"+domains@domains.{name}=code", f"domains.{name}.source=json", f"domains.{name}.path={name}.jsonl"]
-    lengths = ["eval.sequence_length=32", "eval.max_tokens=200", "eval.bootstrap_samples=20"]
+    lengths = ["eval.sequence_length=32", "eval.max_tokens=200", "eval.bootstrap_samples=100"]
     return [OWN, *given(models), *domains, *lengths, *more]
 
 

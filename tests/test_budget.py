@@ -55,7 +55,7 @@ def test_tokens_are_shared_among_branches_and_mixture_and_so_the_dense_run_has_t
     dense = found.store.stages["dense"].config["train"]
     assert dense.tokens == pytest.approx(3_000_000, abs=4 * dense.batch_tokens)
     assert cfg.seed == configured("experiment=demo").seed and cfg.tokens == 3_000_000
-    other = configured("experiment=demo", "tokens=3M", "shares={branches: 1, mixture: 3}")
+    other = configured("experiment=demo", "tokens=3M", "shares={branches: 0.25, mixture: 0.75}")
     assert other.branches["law"].train.tokens == 250_000 and other.mixtures["bam"].train.tokens == 2_250_000
 
 
@@ -76,7 +76,9 @@ def test_what_is_not_trained_gets_no_tokens():
     [
         ({"tokens": "1M", "branches.law.train.tokens": 5}, r"branches\.law\.train\.tokens=5 beside tokens=1000000, which is"),
         ({"tokens": "1M", "mixtures.bam.train.tokens": 5}, r"mixtures\.bam\.train\.tokens=5 beside tokens=1000000"),
-        ({"tokens": "1M", "shares": {"branches": 1}}, r"shares=\{'branches': 1\}: expected two numbers above 0, such as"),
+        ({"tokens": "1M", "shares": {"branches": 1}}, r"shares=\{'branches': 1\}: expected two numbers above 0 that sum to 1, branches and"),
+        ({"tokens": "200k", "shares": {"branches": 1.0, "mixture": 0.2}}, r"shares=.*: expected two numbers above 0 that sum to 1"),
+        ({"shares": {"branches": 0.7, "mixture": 0.2}}, r"shares=.*: expected two numbers above 0 that sum to 1"),
         ({"tokens": "1M", "shares": {"branches": 1, "mixture": 0}}, r"shares=.*: expected two numbers above 0"),
         ({"tokens": "1M", "branches": {}, "mixtures": {}}, r"tokens=1000000: no branch and no mixture is trained"),
         ({"tokens": "1X"}, r"tokens=1X: expected a whole number"),

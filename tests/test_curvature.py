@@ -254,7 +254,9 @@ def test_linears_without_the_batchs_axis_are_seen_whole(tmp_path, data):
     found = measured(tmp_path, data, model, labels="observed", kinds=("gram", "kfac"))
     layer, seen = model.model.decoder.layers[0], {}
     for part in ("fc1", "fc2"):
-        getattr(layer, part).register_forward_pre_hook(lambda _m, args, part=part: seen.setdefault(part, []).append(args[0]))
+        getattr(layer, part).register_forward_pre_hook(
+            lambda _m, args, part=part: seen.setdefault(part, []).append(args[0])
+        )
     for number in range(3):
         model(torch.from_numpy(batches_of(data).batch(number)))
     for part, sizes in (("fc1", (16, 24)), ("fc2", (24, 16))):

@@ -561,6 +561,60 @@ def test_what_is_no_mixture_is_refused(sources, tmp_path):
         read_case(branch)
 
 
+def test_a_directory_that_is_not_there_is_named_before_the_proof(place, capsys):
+    start = place()
+    before = (start / "proof.json").read_bytes()
+    assert WORDS["doctor"]([str(start), "--prove", "seed=/nonexistent"]) == 2
+    assert "upcycle: seed=/nonexistent: no such directory; give" in capsys.readouterr().err
+    assert (start / "proof.json").read_bytes() == before
+
+
+def test_the_table_folds_what_is_long_and_a_trend_ends_at_zero(place, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    start = place()
+    with torch.no_grad():
+        weights = load_file(start / "model.safetensors")
+        name = max((name for name in weights if "experts" in name), key=len)
+        weights[name][..., 0] = math.nan
+    save_file(weights, start / "model.safetensors", metadata={"format": "pt"})
+    assert WORDS["doctor"]([str(start)]) == 1
+    printed = capsys.readouterr().out
+    assert "…" not in printed and name in "".join(printed.split())
+    shutil.rmtree(start)
+    rows = changed(healthy_rows(), load=lambda step: [[(step + 10) / 80, *[(70 - step) / 240] * 3]] * 2)
+    case = read_case(trained(place("btx_top1"), rows))
+    assert "; 0.00 after 32 more" in the("ffn load trend", case).said
+
+
+GOOD = json.dumps(healthy_rows(1)[0]) + "\n"
+DAMAGED = {
+    "metrics.jsonl": {
+        GOOD + '{"step": "x"}\n': "line 2 is no row of metrics (no figures of a step)",
+        GOOD + GOOD.replace('"lr": 0.001', '"lr": null'): "line 2 is no row of metrics (lr=None is no number)",
+        GOOD + GOOD.replace('"loss": ', '"loss": null, "was": '): "line 2 is no row of metrics (loss=None is no number)",
+        GOOD.replace('"lr": 0.001, ', ""): "lacks 'lr'",
+        GOOD + GOOD.replace('"load": [[', '"load": [[[0.5], '): "damaged (",
+        b"\xff\xfe\x00garbage": "damaged ('utf-8' codec",
+    },
+    "stage.json": {"[]": "got list, expected an object", '{"function": "train_model"}': "lacks 'config'"},
+    "assemble/proof.json": {
+        "[]": "got list", "{}": "lacks 'one_hot_errors'", '{"one_hot_errors": {"code": "x"}}': "damaged (could not convert",
+    },
+    "assemble/assembly.json": {"[]": "got list, expected an object", "{}": "lacks 'placed'"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in DAMAGED.items() for text in texts])
+def test_a_damaged_file_is_named_in_one_line(place, capsys, name, text):
+    start = place()
+    out = trained(start, healthy_rows())
+    path = start / name.removeprefix("assemble/") if name.startswith("assemble/") else out / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert WORDS["doctor"]([str(out)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"upcycle: {path}: ") and DAMAGED[name][text] in said and said.count("\n") == 1, said
+
+
 def test_the_word_prints_a_table_or_json_and_its_exit_status_is_the_verdict(place, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     start = place("btx_top1")

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from evals.provenance import WITHOUT_EFFECT
 from launch.cli import USAGE, unknown_word
+from launch.overrides import rewritten
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = [
@@ -266,6 +267,16 @@ def test_plan_names_every_stage_and_computes_nothing(tmp_path):
     assert not (tmp_path / "artifacts").exists()
 
 
+def test_a_mixture_is_matched_or_drawn_though_no_file_says_so(tmp_path):
+    for argument in ("mixtures.btx_top1.match=compute", "mixtures.btx_top1.scratch=true"):
+        upcycle("plan=true", "experiment=tiny", argument, cwd=tmp_path)
+    assert rewritten(["mixtures.btx.match=data"]) == ["++mixtures.btx.match=data"]
+    assert rewritten(["mixtures.none.match=data", "++mixtures.a.match=x"]) == [
+        "mixtures.none.match=data",
+        "++mixtures.a.match=x",
+    ]
+
+
 def test_plan_does_not_import_torch(tmp_path):
     code = (
         "import sys; sys.argv = ['upcycle', 'plan=true', 'experiment=tiny']; from launch.cli import main; main(); "
@@ -298,7 +309,7 @@ def test_one_stage_names_its_missing_inputs(tmp_path):
         (["mix.lr=fast"], "upcycle: mix.lr: Input should be a valid number (got 'fast')\n"),
         (["+mixtures.btx.train.tokens=1.5"], "upcycle: mixtures.btx.train.tokens: Input should be a valid integer (got 1.5)\n"),
         (["a=1", "-m", "mix.lr=fast"], "a: unknown key"),
-        (["experiment=tin"], "upcycle: experiment=tin: no such file; did you mean tiny? Choices: baselines, bring_your_own, demo, routers, tiny.\n"),
+        (["experiment=tin"], "upcycle: experiment=tin: no such file; did you mean tiny? Choices: baselines, bring_your_own, demo, merge, routers, tiny.\n"),
         (["mixtures.btx.assemble.router.kind=topk"], "mixtures.btx.assemble.router: kind=topk is not known, expected one of top_k, soft, switch, "
         "sample_top1, expert_choice, hash, uniform, oracle; did you mean top_k?"),
         (["mixtures.btx.assemble.router.top_k=6"], "mixtures.btx.assemble.router.top_k=6 exceeds the 4 experts (seed, code, law, math)"),
@@ -311,7 +322,14 @@ def test_one_stage_names_its_missing_inputs(tmp_path):
         (["tasks=continuations", "tasks.names=[continuations_lw]"], "tasks.names has 'continuations_lw', which needs a domain's documents"),
         (["tasks=continuations", "tasks.limits=1"], "tasks.limits: unknown key; did you mean limit?"),
         (["eval.max_tokens=0"], "eval.max_tokens: Input should be greater than 0"),
-        (["name=../../etc"], "name: String should match pattern"),
+        (["dense=true"], "upcycle: dense: Input should be an object (got True)\n"),
+        (["mix=true"], "upcycle: mix: Input should be an object (got True)\n"),
+        (["branch=3"], "upcycle: branch: Input should be an object (got 3)\n"),
+        (["++mixtures.btx.train=3"], "upcycle: mixtures.btx.train: Input should be an object (got 3)\n"),
+        (["shares=foo"], "upcycle: shares=foo: expected two numbers above 0 that sum to 1, branches and mixture, "),
+        (["shares={branch: 0.9, mixture: 0.1}"], "upcycle: shares.branch: unknown key; did you mean branches? Valid here: branches, mixture\n"),
+        (["mixtures.btxx.match=compute"], "upcycle: mixtures.btxx: unknown key; did you mean btx"),
+        (["eval.bootstrap_samples=1"], "eval.bootstrap_samples=1: expected at least 100"),
         (["seed.sizes.num_attention_heads=5"], "sizes.hidden_size=192 is not a multiple of num_attention_heads=5"),
         (["domains.law.test_fraction=0"], "domains.law.test_fraction is 0, but eval.split=test measures every domain"),
         (["seed.architecture=lama"], "seed: architecture='lama' is not supported, expected one of gpt_neox, llama; did you mean llama?"),
@@ -321,6 +339,24 @@ def test_mistakes_are_named_at_once(tmp_path, arguments, message):
     done = upcycle("plan=true", *arguments, cwd=tmp_path, check=False)
     assert done.returncode != 0 and message in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and "UPCYCLE_TRACEBACK" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["name=../xyz"], "name=../xyz: expected letters, digits, _, . and -, "),
+        (["-m", "name=ok,a/b"], "name=a/b: expected letters"),
+        (["name=zz", "stage=branch/cod"], "stage=branch/cod: no such stage; did you mean branch/code"),
+        (["--config-dir=own", "experiment=deep"], "name: String should match pattern"),
+    ],
+)
+def test_a_refused_run_leaves_no_directory(tmp_path, arguments, message):
+    own = tmp_path / "own" / "experiment"
+    own.mkdir(parents=True)
+    (own / "deep.yaml").write_text("# @package _global_\ndefaults: [tiny, _self_]\nname: a/b\n")
+    done = upcycle(*arguments, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and message in done.stderr, done.stderr
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "own"]
 
 
 FILES = {
@@ -338,7 +374,7 @@ FILES = {
         (["experiment=mine", "--config-dir=own", "mix.lrr=1"], "upcycle: mix.lrr: unknown key; did you mean lr? Valid here: "),
         (
             ["experiment=min", "--config-dir", "own"],
-            "upcycle: experiment=min: no such file; did you mean mine or tiny? Choices: baselines, bring_your_own, demo, mine, package, "
+            "upcycle: experiment=min: no such file; did you mean mine or tiny? Choices: baselines, bring_your_own, demo, merge, mine, package, "
             f"routers, tiny, torn, wrong. Looked in {ROOT / 'conf' / 'experiment'} and own/experiment.\n",
         ),
         (

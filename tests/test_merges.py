@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from launch.config import build
 from launch.merges import texts_of
+from launch.overrides import rewritten
 from launch.recipes import upcycle
 from tests.tiny import dense_models
 from upcycle.checkpoint import Checkpoint
@@ -141,7 +142,7 @@ MISTAKES = {
     (
         "merge=fisher",
         "+domains@domains.code=code",
-    ): r"reads the curvature of law, which was brought along.*\+curvature.texts.law=",
+    ): r"reads the curvature of law, which was brought along.*write curvature.texts.law=",
     (
         "merge=fisher",
         "+domains@domains.code=code",
@@ -161,6 +162,21 @@ MISTAKES = {
     ): ("curvature.sequence_length=65 exceeds the seed's 64 positions"),
     ("+merges.code=ties",): "merges.code: that name belongs to branches.code",
     ("+merges.x=ties", "out=x"): r"this experiment makes 2 mixtures and merges \(merged, x\), expected exactly one",
+    ("+merges.merged=dare",): "merge and merges.merged are two settings of one model",
+    (
+        "+curvature.texts.law={code: 1}",
+        "+domains@domains.code=code",
+    ): "curvature.texts has no effect: no merge of this run reads curvature",
+    (
+        "merge=fisher",
+        "+domains@domains.code=code",
+        "+curvature.texts.law={}",
+    ): r"curvature: texts.law=\{\} must name domains with shares",
+    (
+        "merge=fisher",
+        "+domains@domains.code=code",
+        "+curvature.texts.law={code: -1}",
+    ): "must name domains with shares >= 0",
     ("~branches.code", "~branches.law"): "merge has no branch to be made of, expected at least one",
 }
 
@@ -183,6 +199,17 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "launch.cli", *arguments], cwd=cwd, env=environment, capture_output=True, text=True
     )
+
+
+def test_names_of_ones_own_need_no_plus():
+    typed = [
+        "merges={a: ties}",
+        "merges.b=ties",
+        "curvature.texts.law={code: 1}",
+        "curvature.sequences=3",
+        "+merges.c=dare",
+    ]
+    assert rewritten(typed) == ["++merges={a: ties}", "++merges.b=ties", "++curvature.texts.law={code: 1}", *typed[3:]]
 
 
 @pytest.mark.slow

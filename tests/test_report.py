@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -242,6 +243,45 @@ def test_diverged_and_inconsistent_evaluations_are_refused(inputs, tmp_path):
             build_report(**inputs | {"evaluations": inputs["evaluations"] | {"btx": directory}})
 
 
+REMAKE = "; remove that artifact's directory; the next run makes it again"
+DAMAGED = {
+    "evaluation.json": {
+        "{": "not whole JSON (Expecting property name",
+        "{}": "lacks 'domains'",
+        "[]": "damaged (got list, expected an object)",
+        '{"domains": {"code": {}}, "split": "test", "sequence_length": 8}': "lacks 'nats'",
+    },
+    "documents.npz": {"junk": "damaged (not a whole .npz)", None: "there is no such file"},
+    "metrics.jsonl": {
+        '{"step": 1, "tok': "not whole JSON (",
+        '{"step": 1, "tokens": "x", "loss": 2.0}': "damaged (tokens='x' is no number)",
+        '{"tokens": 8, "loss": 2.0}': "damaged (no figures of a step)",
+        '{"step": 1, "tokens": 8, "loss": null}': "damaged (loss=None is no number)",
+        '{"step": 1, "tokens": 8, "load": [[1], [0, 1]], "ffn_entropy": 1}': "damaged (",
+        "": "damaged (no rows, expected one for each step of the training)",
+        None: "there is no such file",
+    },
+    "ablation.json": {"{": "not whole JSON", '{"max_tokens": 1, "whole": {"a": 1}, "experts": {}}': "lacks 'code'"},
+    "timing.json": {"{}": "lacks 'seconds'"},
+}
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in DAMAGED.items() for text in texts])
+def test_a_damaged_file_of_an_artifact_is_named_with_what_mends_it(inputs, tmp_path, name, text):
+    kind = {"evaluation.json": "evaluations", "documents.npz": "evaluations", "ablation.json": "ablations"}
+    which = kind.get(name, "training")
+    directory, key = tmp_path / "damaged", "mix/btx" if which == "training" else "btx"
+    given = inputs.get(which, {})
+    shutil.copytree(given[key], directory) if given else directory.mkdir()
+    (directory / name).unlink(missing_ok=True)
+    if text is not None:
+        (directory / name).write_text(text)
+    with pytest.raises(ValueError) as refused:
+        build_report(**inputs | {which: given | {key: directory}, "samples": 5})
+    said = str(refused.value)
+    assert said.startswith(str(directory / name)) and DAMAGED[name][text] in said and said.endswith(REMAKE), said
+
+
 # -------------------------------------------------------------------------------------------------------------- text
 
 
@@ -369,12 +409,13 @@ def test_what_experts_are_worth_is_shown_in_nats(inputs, tmp_path):
         "code": {"removed": domains(2.75), "reason": "", "forced": domains(1.5)},
     }
     found = {"max_tokens": None, "whole": domains(2.5), "experts": experts}
-    (tmp_path / "ablation.json").write_text(json.dumps(found))
+    (tmp_path / "ablation.json").write_text(json.dumps(found, sort_keys=True))  # as stages write it
     report = build_report(**inputs | {"samples": 10, "ablations": {"bam": tmp_path}})
     ablation = report["models"]["bam"]["ablation"]
     assert ablation["whole"] == dict.fromkeys(DOMAINS, 2.5) and ablation["experts"]["seed"]["removed"] is None
     table = re.search(r'<table class="ablation">.*?</table>', render_page(report), re.S)
     assert table is not None
+    assert list(ablation["whole"]) == list(ablation["experts"]["code"]["removed"]) == list(DOMAINS) == report["domains"]
     assert table.group().count("<td>–<small>+1.7500</small></td>") == 6
     assert table.group().count("<td>+0.2500<small>−1.0000</small></td>") == 6
 

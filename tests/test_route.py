@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from html import unescape
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -156,3 +158,15 @@ def test_a_file_is_read(by_id, tmp_path, capsys):
     (tmp_path / "text.txt").write_bytes(b"\xff\xfe\x00")
     assert route([str(by_id), str(tmp_path / "text.txt"), str(tmp_path / "page.html")]) == 2
     assert "not UTF-8 text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tensor", ["lm_head.weight", "experts.down_proj", "router.weight"])
+def test_a_mixture_whose_logits_are_no_numbers_gets_no_page(drawn, tmp_path, capsys, tensor):
+    broken = shutil.copytree(drawn, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    next(weight for name, weight in weights.items() if name.endswith(tensor)).fill_(torch.nan)
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    assert route([str(broken), "w3 w4", str(tmp_path / "page.html"), "--new-tokens=2"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"upcycle: {broken}: its logits of this text are not all finite") and said.count("\n") == 1
+    assert not (tmp_path / "page.html").exists()

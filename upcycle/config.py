@@ -236,7 +236,7 @@ class BranchConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class EvalConfig:
-    """What is measured on every model. `max_tokens` bounds each domain's split (whole documents, from its start).
+    """What is measured on every model. `max_tokens` bounds each domain's split (whole documents, from its start, one at least).
 
     stride: windows of `sequence_length` tokens begin this far apart, and each but the first predicts its last `stride`
     tokens only; None: they do not overlap.

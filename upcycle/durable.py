@@ -10,7 +10,10 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
 
+REMAKE = "remove that artifact's directory; the next run makes it again"
 HASH_CACHE = Path("~/.cache/upcycle/hashes.json")
 
 
@@ -30,6 +33,35 @@ def write_json(path: Path, value: object, sort_keys: bool = True) -> None:
     sync(temporary)
     os.replace(temporary, path)
     sync(path.parent)
+
+
+@contextmanager
+def reading(path: Path, fix: str = REMAKE) -> Iterator[None]:
+    """What a file that is missing or damaged raises in the block, as one ValueError: the file, what is wrong, `fix`."""
+    try:
+        yield
+    except FileNotFoundError:
+        said = "there is no such file"
+    except json.JSONDecodeError as error:
+        said = f"not whole JSON ({error})"
+    except KeyError as error:
+        said = f"lacks {error}"
+    except (ValueError, TypeError, AttributeError, LookupError, EOFError, ArithmeticError, BadZipFile) as error:
+        said = f"damaged ({error})"
+    else:
+        return
+    raise ValueError(f"{path}: {said}; {fix}")
+
+
+def read_object(path: Path, *keys: str, fix: str = REMAKE) -> dict[str, Any]:
+    """A JSON file's object, with at least `keys`. Raises ValueError: the file is missing or damaged, with `fix`."""
+    with reading(path, fix):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"got {type(found).__name__}, expected an object")
+        if lacking := [key for key in keys if key not in found]:
+            raise KeyError(lacking[0])
+        return found
 
 
 @contextmanager

@@ -5,7 +5,6 @@ A directory is explained from assembly.json, config.json, proof.json and the hea
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from upcycle.directories import INDEX, resolve
+from upcycle.durable import read_object
 from upcycle.explanation import Explanation, TensorRow
 from upcycle.merge_config import MergeConfig, from_record
 from upcycle.mixture_config import AssembleConfig
@@ -73,14 +73,9 @@ def explain(directory: str | Path) -> Explanation:
     )
 
 
-def read_json(path: Path) -> Any:
-    """The file's value; None where there is no file. Raises ValueError: a file that is no JSON."""
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: not whole JSON ({error}); copy it again") from None
+def read_json(path: Path, *keys: str) -> Any:
+    """The file's object; None where there is no file. Raises ValueError: a file that is no JSON, or lacks one of `keys`."""
+    return read_object(path, *keys, fix="copy it again") if path.is_file() else None
 
 
 def assembled_of(directory: Path, record: dict | None) -> Path | None:

@@ -100,7 +100,7 @@ METHODS: dict[str, Method] = {
     "regmean": Method(regmean, "(Σ w G)⁻¹ Σ w G W", needs=lambda options: ("gram",)),
     "gradient_matching": Method(
         gradient_matching,
-        "θ₀ + Σ α (H₀ + H) τ / (H₀ + Σ α H)",
+        "θ₀ + Σ α w (H₀ + H) τ / (H₀ + Σ α w H)",
         needs_seed=True,
         reads_seed=True,
         needs=lambda options: (options["curvature"],),
