@@ -13,6 +13,11 @@ from upcycle.store import Artifact, Store
 if TYPE_CHECKING:
     from launch.config import Config
 
+SOME_READ = (
+    "labels",
+    "largest_factor",
+)  # settings of a measurement that not every kind reads; they are no part of its key then
+READ = {"fisher": ("labels",), "gram": ("largest_factor",), "kfac": SOME_READ, "hessian": (), "gradient": ()}
 TASK_ARITHMETIC_SCALE = 0.4  # merge.METHODS' own default
 
 
@@ -47,7 +52,10 @@ class Curvature:
     def _of(self, kind: str, name: str, model: Artifact | None = None, title: str | None = None) -> Artifact:
         """A statistic of a model, or of another `model` on that one's text."""
         shares, own = texts_of(self.cfg, name), self.cfg.curvature
-        samples = {field: getattr(own, field) for field in SamplesConfig.__dataclass_fields__}
+        fields = [
+            field for field in SamplesConfig.__dataclass_fields__ if field in READ[kind] or field not in SOME_READ
+        ]
+        samples = {field: getattr(own, field) for field in fields}
         if kind == "gradient":
             samples["labels"] = "observed"
         config = {"curvature": CurvatureConfig(kinds=(kind,), **samples), "proportions": shares}  # pyright: ignore

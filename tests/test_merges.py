@@ -116,6 +116,17 @@ def test_what_is_measured_is_part_of_the_key_and_nothing_else_changes():
     ]
 
 
+@pytest.mark.parametrize(
+    "setting, kinds",
+    [("curvature.labels=observed", {"fisher", "kfac"}), ("curvature.largest_factor=5", {"gram", "kfac"})],
+)
+def test_a_setting_that_a_kind_does_not_read_is_no_part_of_its_key(setting, kinds):
+    overrides = ("experiment=tiny", "curvature.compare=true", "+merges={a: regmean, b: mats}")
+    before, after = (declared(*overrides, *more).store.stages for more in ((), (setting,)))
+    measured = {name for name in before if name.startswith("curvature/") and before[name].key != after[name].key}
+    assert {name.split("/")[1] for name in measured} - {"compared", "task_arithmetic"} == kinds
+
+
 def test_on_which_text_a_model_is_measured(models):
     domains = ("+domains@domains.code=code", "+domains@domains.math=math")
     cfg = configured(*brought(models, "merge=fisher", *domains, *SHORT, "+curvature.texts.law={math: 2, code: 1}"))

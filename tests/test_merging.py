@@ -156,6 +156,21 @@ def axes_of(model) -> dict[str, int]:
     }
 
 
+def test_systems_that_are_not_solved_are_counted(models, curvature, tmp_path):
+    made = merged(models, tmp_path / "few", MergeConfig(method="mats", options={"iterations": 1}), statistics=curvature)
+    linears = sum(one is not None for one in (f.in_axis for f in tensor_facts_of(models["seed"]).values()))
+    assert 0 < made["unconverged"] <= linears
+    assert f"unsolved    {made['unconverged']} tensors" in merge_in_words(tmp_path / "few")
+    made = merged(
+        models, tmp_path / "many", MergeConfig(method="mats", options={"iterations": 5000}), statistics=curvature
+    )
+    assert "unconverged" not in made
+
+
+def tensor_facts_of(path: Path) -> dict:
+    return tensor_facts(AutoModelForCausalLM.from_pretrained(path).config)
+
+
 def test_roles_go_their_own_way(models, tmp_path):
     config = MergeConfig(
         method="ties",

@@ -165,6 +165,7 @@ def write_mixture(
     made = {"experts": config.experts, "merge": choice.merge.record, "placed": asdict(found)}
     made |= {"curvature": {name: one.about for name, one in curvature.items()}} if curvature else {}
     made |= {"averaged": dict(merger.averaged)} if merger.averaged else {}
+    made |= {"unconverged": merger.unconverged} if merger.unconverged else {}
     made |= {"router_init": said(choice, texts), "tensors": rows}
     write_json(out / "assembly.json", made)
     return config

@@ -73,6 +73,7 @@ def write_merged(
     dense.save_pretrained(out)
     copy_companions(seed_dir, out)
     made = {"merge": config.record, "models": list(models), "averaged": dict(merger.averaged)}
+    made |= {"unconverged": merger.unconverged} if merger.unconverged else {}
     made |= {"curvature": {name: one.about for name, one in curvature.items()}} if curvature else {}
     made |= {"roles": figures.of_roles(), "layers": figures.rows()} if figures else {}
     write_json(out / "merge.json", made)

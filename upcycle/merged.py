@@ -29,6 +29,8 @@ def merge_in_words(directory: Path, by_layer: bool = False) -> str:
     lines = [f"{'merge':11} {from_record(made['merge']).words}", f"{'of':11} {', '.join(made['models'])}"]
     for method, count in made["averaged"].items():
         lines.append(f"{'averaged':11} {count} tensors, of which there is no curvature that {method} reads")
+    if count := made.get("unconverged"):
+        lines.append(f"{'unsolved':11} {count} tensors, at which mats stopped by its number of iterations")
     for name, passes in made.get("curvature", {}).items():
         lines += [f"{'curvature':11} {name}: {_pass(one)}" for one in passes]
     if "roles" not in made:

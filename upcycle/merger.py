@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from upcycle.checkpoint import Checkpoint, Stored, is_finite
+from upcycle.curvature_merging import mats_solved
 from upcycle.merge import KEPT, METHODS, OF_LINEARS, by_linears_only, check_merge, needed_statistics, readers
 from upcycle.merge_config import MergeConfig, RoleConfig
 from upcycle.merging import SEED, Member, Merging, Readable
@@ -101,6 +102,7 @@ class Merger:
         self.config, self.seed, self.models, self.statistics = config, seed, models, dict(statistics or {})
         self.facts = tensor_facts(dense)
         self.averaged: Counter[str] = Counter()  # by method: tensors that it has no curvature of, and so averages
+        self.unconverged = 0  # tensors at which `mats` stopped by its number of iterations
 
     def check_statistics(self) -> None:
         """Raises ValueError: a method reads curvature of a model, and it is not there."""
@@ -165,7 +167,7 @@ class Merger:
         """The merged tensor in `dtype`. tensors: of the models that have a share. Raises ValueError: see the method; values that
         are not finite, or that `dtype` cannot hold."""
         way = self.way(name)
-        found = METHODS[way.method](self.merging(name, tensors), **way.options)
+        found = self._made(way, self.merging(name, tensors))
         if not is_finite(cast := found.to(dtype)):
             largest, kind = found.abs().max().item(), str(dtype).removeprefix("torch.")
             raise ValueError(
@@ -173,3 +175,10 @@ class Merger:
                 "dtype or milder options"
             )
         return cast
+
+    def _made(self, way: RoleConfig, merging: Merging) -> Tensor:
+        if way.method != "mats":
+            return METHODS[way.method](merging, **way.options)
+        solved = mats_solved(merging, **METHODS["mats"].checked(way.options))
+        self.unconverged += not solved.converged
+        return solved.tensor

@@ -197,7 +197,7 @@ def merge_models(
         )
 
 
-def _say_averaged(made: dict[str, Any], run: Run) -> None:
+def _say_exceptions(made: dict[str, Any], run: Run) -> None:
     for method, count in made.get("averaged", {}).items():
         run.say(
             f"{method}: {count} tensors have no such curvature (no linears' weights, or too large) and are averaged"
@@ -228,7 +228,7 @@ def assemble_moe(
 
     statistics = _by_model(curvature)
     written = write_mixture(seed, branches, out, config, advance=run.advance, data=data, statistics=statistics)
-    _say_averaged(json.loads((out / "assembly.json").read_text()), run)
+    _say_exceptions(json.loads((out / "assembly.json").read_text()), run)
     if config.prove or not is_listed(written.seed):
         from upcycle.proof import prove
 
