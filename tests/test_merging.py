@@ -23,6 +23,7 @@ from tests.tiny import FAMILY_CONFIGS, dense_config, dense_models
 from upcycle.assembly import write_mixture
 from upcycle.checkpoint import Checkpoint, CheckpointWriter
 from upcycle.config import CurvatureConfig
+from upcycle.curvature import write_statistics
 from upcycle.dense_merge import write_merged
 from upcycle.explain import explain
 from upcycle.families import family_of
@@ -557,8 +558,9 @@ def watch():
 def merge(root):
     out = root / "out"
     out.mkdir()
-    branches = {name: root / name for name in ("a", "b", "c")}
-    upcycle.dense_merge.write_merged(root / "seed", branches, out, MergeConfig(method=sys.argv[2]))
+    branches = {path.name: path for path in root.glob("branch*")}
+    measured = {name: [root / f"fisher-{name}"] for name in ("seed", *branches)} if sys.argv[2] == "fisher" else None
+    upcycle.dense_merge.write_merged(root / "seed", branches, out, MergeConfig(method=sys.argv[2]), statistics=measured)
 
 merge(Path(sys.argv[3]))  # of small models, for what is imported on the way
 before, thread = resident(), threading.Thread(target=watch)
@@ -571,34 +573,40 @@ print(peak - before)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["average", "ties"])
+@pytest.mark.parametrize("method", ["average", "ties", "fisher"])
 def test_memory_does_not_grow_with_the_number_of_layers(tmp_path, method):
     """Resident pages above the imports, of files that are mapped too: 6 layers more are 79 MB of weights in each model."""
-    peaks = {}
-    for layers in (2, 8):
-        for hidden in (32, 512):
-            write_four(
-                tmp_path / f"{layers}-{hidden}",
-                hidden_size=hidden,
-                intermediate_size=3 * hidden,
-                num_hidden_layers=layers,
-            )
-        roots = [str(tmp_path / f"{layers}-{hidden}") for hidden in (512, 32)]
-        command = [sys.executable, "-c", MEASURE, roots[0], method, roots[1]]
-        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed is given back at once
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
-        peaks[layers] = int(done.stdout)
+    peaks = {layers: peak_of(tmp_path / str(layers), method, layers=layers) for layers in (2, 8)}
     assert peaks[8] - peaks[2] < 16e6, peaks
 
 
-def write_four(root: Path, **sizes) -> None:
-    model = dense_models("llama", 1, dtype=torch.float32, **sizes)[0]
-    for name in ("seed", "a", "b", "c"):
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.01 * torch.randn_like(parameter))
-        model.save_pretrained(root / name)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["average", "ties"])
+def test_memory_hardly_grows_with_the_number_of_models(tmp_path, method):
+    """The report looks at the pages of all of them at once: one tensor of 3.1 MB each, and a few blocks of 4."""
+    peaks = {count: peak_of(tmp_path / str(count), method, branches=count) for count in (2, 8)}
+    assert peaks[8] - peaks[2] < 6 * 12e6, peaks
+
+
+def peak_of(root: Path, method: str, layers: int = 2, branches: int = 3) -> int:
+    for hidden in (32, 512):
+        model = dense_models(
+            "llama", 1, dtype=torch.float32, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers
+        )[0]
+        for name in ("seed", *(f"branch{number}" for number in range(branches))):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(0.01 * torch.randn_like(parameter))
+            model.save_pretrained(root / str(hidden) / name)
+            if method == "fisher":
+                squares = {f"fisher/{tensor}": one.detach().square() for tensor, one in model.named_parameters()}
+                (measured := root / str(hidden) / f"fisher-{name}").mkdir()
+                write_statistics(squares, CurvatureConfig(), {}, measured)
+    command = [sys.executable, "-c", MEASURE, str(root / "512"), method, str(root / "32")]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed is given back at once
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
 
 
 def test_a_written_file_is_what_safetensors_writes(tmp_path):
