@@ -142,6 +142,7 @@ def compare_curvature(config: None, *, out: Path, run: Run, model: Path, fisher:
 
     found = compare_diagonals(Statistics(fisher), Statistics(hessian), tensor_facts(AutoConfig.from_pretrained(model)))
     write_json(out / "curvature_report.json", found)
+    run.advance(1, 1)
     for line in in_words(found):
         run.say(line)
 
@@ -173,6 +174,7 @@ def compare_task_arithmetic(
     facts = tensor_facts(AutoConfig.from_pretrained(seed))
     found = compare_error(models, Checkpoint(target), Statistics(fisher), gradients, config["scale"], facts)
     write_json(out / "error.json", found)
+    run.advance(1, 1)
     for line in error_in_words(found):
         run.say(line)
 
