@@ -330,7 +330,7 @@ def test_a_mixture_that_will_not_fit_is_refused_before_its_first_tensor(full_dis
     needed = 10**15  # more than any disk
     free = shutil.disk_usage(where).free
     assert message_of(CheckpointWriter, where / "moe", 10**9, needed) == (
-        f"{where / 'moe'}: 1,000,000,000,000,000 bytes are to be written, but only {free:,} are free there; free some space "
+        f"{where / 'moe'}: 1,000,001,000,000,000 bytes are to be written, but only {free:,} are free there; free some space "
         "or choose another disk"
     )
     assert free == DISK_BYTES or not small

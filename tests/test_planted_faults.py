@@ -44,9 +44,8 @@ FAULTS = {
     ),
     "K and V averaged from the wrong branch": (
         "upcycle/assembly.py",
-        "{name: Member(tensors[0]) for name, tensors in sources.items()}",
-        "{name: Member(list(sources.values())[-1][0] if piece.target.split('.')[-2] in ('k_proj', 'v_proj') else tensors[0]) "
-        "for name, tensors in sources.items()}",
+        "{name: Stored(checkpoints[name], source) for name in models}",
+        "{name: Stored(checkpoints[models[-1] if source.split('.')[-2] in ('k_proj', 'v_proj') else name], source) for name in models}",
         "tests/test_assembly.py::test_mixture_on_disk_equals_the_reference_mixture",
     ),
     "optimizer state dropped on resume": (

@@ -9,11 +9,11 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -198,6 +198,26 @@ class _Waiting:
     size: int
 
 
+def write_shard(path: Path, tensors: Mapping[str, _Waiting], data: IO[bytes]) -> None:
+    """A safetensors file of tensors whose bytes wait in `data`. Wide numbers come first, as safetensors has it: so each tensor
+    lies where its kind of number may."""
+    order = sorted(tensors, key=lambda name: -getattr(torch, tensors[name].dtype).itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        one = tensors[name]
+        header[name] = {"dtype": STORED_AS[one.dtype], "shape": one.shape, "data_offsets": [end, end + one.size]}
+        end += one.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            data.seek(tensors[name].start)
+            for start in range(0, tensors[name].size, COPIED_BYTES):
+                file.write(data.read(min(COPIED_BYTES, tensors[name].size - start)))
+
+
 class CheckpointWriter:
     """Writes tensors into shards of at most `max_shard_bytes`, then the index. Memory: one tensor.
 
@@ -244,22 +264,8 @@ class CheckpointWriter:
         return self.directory / f"shard-{number}.safetensors"
 
     def _flush(self) -> None:
-        # Wide numbers first, as safetensors has it: so each tensor lies where its kind of number may.
-        order = sorted(self._pending, key=lambda name: -getattr(torch, self._pending[name].dtype).itemsize)
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name in order:
-            one = self._pending[name]
-            header[name] = {"dtype": STORED_AS[one.dtype], "shape": one.shape, "data_offsets": [end, end + one.size]}
-            end += one.size
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        with self._writing(end), self._shard(len(self._shards)).open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name in order:
-                self._data.seek(self._pending[name].start)
-                for start in range(0, self._pending[name].size, COPIED_BYTES):
-                    file.write(self._data.read(min(COPIED_BYTES, self._pending[name].size - start)))
+        with self._writing(self._pending_bytes):
+            write_shard(self._shard(len(self._shards)), self._pending, self._data)
         self._shards.append(list(self._pending))
         self._data.seek(0)
         self._data.truncate()
