@@ -23,7 +23,7 @@ DIRECTORY = re.compile(r"(?P<key>\+{0,2}(?:seed\.path|branches\.[^.=]+\.path|out
 BRANCH = re.compile(r"\+{0,2}branches\.(?P<name>[^.=]+)(?P<path>\.path)?=(?P<value>.*)", re.S)
 NAME = re.compile(r"\+{0,2}name=(?P<value>.*)", re.S)
 MIXTURE = re.compile(r"mixtures\.(?P<name>[^.=]+)\.(?:match|scratch)=.*", re.S)
-OWN_NAMES = re.compile(
+FREE_KEYS = re.compile(
     r"(?:merges|curvature\.texts)(?:\.[^=]+)?=.*", re.S
 )  # settings by names of the user's: no file has them
 # A directory that Hydra takes without quotes, and as text.
@@ -38,7 +38,7 @@ def rewritten(arguments: list[str]) -> list[str]:
     sweep = bool(SWEEPS & set(arguments))
     _check_name(arguments, sweep)
     arguments = [_quoted(argument, sweep) for argument in _options_first(arguments)]
-    arguments = [f"++{argument}" if OWN_NAMES.fullmatch(argument) else argument for argument in arguments]
+    arguments = [f"++{argument}" if FREE_KEYS.fullmatch(argument) else argument for argument in arguments]
     return _free_mixtures(_free_branches(arguments))
 
 

@@ -29,7 +29,7 @@ from upcycle.relatedness import check_related
 from upcycle.stages import measure_curvature
 from upcycle.store import Run, ignore
 
-DTYPES = (None, "float32", "bfloat16", "float16")
+RESULT_DTYPES = (None, "float32", "bfloat16", "float16")
 
 
 def merge_models(
@@ -68,7 +68,7 @@ def merge_models(
     check_new(Path(out))
     if not paths:
         raise ValueError("branches is empty, expected at least one; give it as branches={NAME: DIR}")
-    if dtype not in DTYPES:
+    if dtype not in RESULT_DTYPES:
         raise ValueError(f"dtype={dtype!r} is not known; expected float32, bfloat16, float16, or None for the seed's")
     first, others = Checkpoint(start), {name: Checkpoint(path) for name, path in paths.items()}
     positions = first.config.get("max_position_embeddings") or first.config.get("n_positions")

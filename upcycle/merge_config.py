@@ -32,7 +32,7 @@ class RoleConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class MergeConfig:
+class MergeConfig(RoleConfig):
     """How tensors of several models become one. In settings a method's name alone will do.
 
     method: one of merge.METHODS, or "seed", the seed's own tensor. options: of that method (docs/merging.md). weights: of
@@ -40,14 +40,8 @@ class MergeConfig:
     """
 
     method: str = "average"
-    options: dict[str, Any] = Field(default_factory=dict)
     weights: dict[str, Weight] = Field(default_factory=dict)
     roles: dict[Role, RoleConfig] = Field(default_factory=dict)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_name(cls, value: Any) -> Any:
-        return {"method": value} if isinstance(value, str) else value
 
     def of(self, role: str) -> RoleConfig:
         """What holds for the tensors of a role."""
