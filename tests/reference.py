@@ -961,3 +961,34 @@ def mean_gradient(model: nn.Module, sequences: list[list[int]]) -> dict[str, Ten
         losses.append(-sum(log_p[place, token] for place, token in enumerate(sequence[1:])))
     names, parameters = zip(*model.named_parameters(), strict=True)
     return dict(zip(names, torch.autograd.grad(sum(losses) / len(losses), parameters), strict=True))
+
+
+# -------------------------------------------------------------------------------------------------- merging of experts
+
+
+def kronecker_map(terms: list[list[Tensor]]) -> Tensor:
+    """Σ_r (o₁ ⊗ o₂) ⊗ (i₁ ⊗ i₂), written out: the matrix that takes vec(τ), row by row, to vec(M τ)."""
+    return sum(torch.kron(torch.kron(out1, out2), torch.kron(in1, in2)) for out1, out2, in1, in2 in terms)
+
+
+def camex_differences(
+    experts: list[Tensor], base: Tensor, maps: list[Tensor] | None, alpha: float, election: bool
+) -> list[Tensor]:
+    """α M_e τ_e of one matrix of every expert; maps: written out. Where signs are elected, of the entries that have the sum's sign."""
+    taus = [expert - base for expert in experts]
+    if election:
+        total = sum(taus)
+        taus = [torch.where(tau.sign() * total.sign() > 0, tau, torch.zeros_like(tau)) for tau in taus]
+    if maps is not None:
+        taus = [(matrix @ tau.flatten()).view_as(tau) for matrix, tau in zip(maps, taus, strict=True)]
+    return [alpha * tau for tau in taus]
+
+
+def camex_merged(base: Tensor, differences: list[Tensor], scores: list[Tensor]) -> Tensor:
+    """Ê = B + Σ_e s_e · (α M_e τ_e) (arXiv:2502.18821, eq. 3)."""
+    return base + sum(score * difference for score, difference in zip(scores, differences, strict=True))
+
+
+def camex_updated(base: Tensor, differences: list[Tensor]) -> Tensor:
+    """The next base: B + 1/E Σ_e α M_e τ_e (eq. 4)."""
+    return base + sum(differences) / len(differences)

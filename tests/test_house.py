@@ -17,10 +17,10 @@ README = (ROOT / "README.md").read_text()
 LEVELS = {
     "config": 0, "durable": 0, "families": 0, "kinds": 0, "losses": 0, "machine": 0, "merging": 0, "programs": 0,
     "batches": 0, "kernels": 0, "team": 0, "vocabulary": 0,
-    "corpora": 1, "explanation": 1, "directories": 1, "mistakes": 1, "phases": 1, "placement_config": 1, "plans": 1,
+    "combine_config": 1, "corpora": 1, "explanation": 1, "directories": 1, "mistakes": 1, "phases": 1, "placement_config": 1, "plans": 1,
     "merge_config": 1, "router_config": 1, "routing": 1, "store": 1, "task_vectors": 1,
-    "card": 2, "curvature_merging": 2, "merged": 2, "roles": 2, "merge_report": 2, "router": 2, "checkpoint": 2, "configuration": 2, "documents": 2, "mixture_config": 2, "optim": 2,
-    "attention": 3, "curvature": 3, "data": 3, "experts": 3, "health": 3, "init_texts": 3, "merge": 3, "preflight": 3, "relatedness": 3, "router_init": 3,
+    "card": 2, "curvature_merging": 2, "merged": 2, "roles": 2, "merge_report": 2, "router": 2, "checkpoint": 2, "configuration": 2, "documents": 2, "mixture_config": 2, "optim": 2, "soft_merging": 2,
+    "attention": 3, "camex": 3, "curvature": 3, "data": 3, "experts": 3, "health": 3, "init_texts": 3, "merge": 3, "preflight": 3, "relatedness": 3, "router_init": 3,
     "cost": 4, "merger": 4, "modeling": 4, "shards": 4,
     "curvature_report": 5, "dense_merge": 5, "pieces": 5, "text_rows": 5,
     "adoption": 6, "dense_reference": 6, "edits": 6, "slices": 6,
@@ -38,10 +38,12 @@ REMOTE_CODE = {
     "router",
     "routing",
     "attention",
+    "camex",
     "families",
     "kernels",
     "kinds",
     "losses",
+    "soft_merging",
 }
 BANNED = {"utils", "common", "helpers", "misc", "base", "manager"}
 FORBIDDEN = {"upcycle": {"hydra", "wandb", "lm_eval", "evals", "launch"}, "evals": {"hydra", "wandb", "launch"}}

@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from upcycle.adoption import with_family
+from upcycle.batches import run_key
+from upcycle.camex import start
 from upcycle.checkpoint import Checkpoint, CheckpointWriter, Stored, finite, tensor_sha256
 from upcycle.configuration import UpcycledConfig
 from upcycle.cost import Shape, placed
@@ -33,6 +35,7 @@ REMOTE_CODE = (
     "modeling.py",
     "configuration.py",
     "attention.py",
+    "camex.py",
     "families.py",
     "kernels.py",
     "kinds.py",
@@ -40,6 +43,7 @@ REMOTE_CODE = (
     "plans.py",
     "router.py",
     "routing.py",
+    "soft_merging.py",
 )
 
 
@@ -80,6 +84,7 @@ def upcycled_config(seed, found: Placed, choice: AssembleConfig) -> UpcycledConf
         tie=choice.tie,
         attention_losses=asdict(attention.losses),
         initializer_range=router.init.std,
+        combine=asdict(choice.combine),
         **asdict(router.losses),
     )
 
@@ -98,9 +103,16 @@ def _options(router: RouterConfig) -> dict:
     }
 
 
+def fresh(config: UpcycledConfig, found: Placed, piece: Piece, choice: AssembleConfig) -> Tensor:
+    """What is made from nothing, in fp32: a curvature, the identity; a router's first weights, or its bias."""
+    if "curvature_" not in piece.target:
+        return fresh_router(config, found, piece.target, choice)
+    generator = torch.Generator().manual_seed(run_key("curvature", choice.rng_seed, piece.target) % 2**63)
+    return start(piece.target, piece.shape, generator)
+
+
 def fresh_router(config: UpcycledConfig, found: Placed, target: str, choice: AssembleConfig) -> Tensor:
-    """A router's first weights, or its bias, in fp32; shards of a virtual group have one row. Zeros where the texts will
-    say (text_rows.py)."""
+    """Shards of a virtual group have one row. Zeros where the texts will say (text_rows.py)."""
     part = "attention" if f".{family_of(config.seed).attention}.router." in target else "ffn"
     rows = [expert.row for expert in found.of(part)]
     if target.endswith(".bias"):
@@ -182,7 +194,7 @@ def _make(
 ) -> tuple[Tensor, dict]:
     row: dict = {"target": piece.target, "origin": piece.origin, "sources": list(piece.sources)}
     if piece.origin == "fresh":
-        return fresh_router(config, found, piece.target, choice), row
+        return fresh(config, found, piece, choice), row
     models = piece.models(found)
     if piece.origin == "merged" and merger.keeps_seed(piece.sources[0]):
         models, row["origin"] = ["seed"], "seed"
@@ -201,6 +213,8 @@ def _make(
         row["sha256"] = {whose: [tensor_sha256(tensor)]}
         return tensor.clone(), row  # two copies of one source would share its memory
     assert piece.stack is not None
+    if row["origin"] == "mean":
+        return piece.stack([piece.carve(expert, cuts) for expert in found.of(piece.sublayer)]), row
     made = {expert.name: piece.carve(expert, cuts) for expert in found.of(piece.sublayer)}
     if found.scale_weights and not all(torch.isfinite(one).all() for tensors in made.values() for one in tensors):
         raise ValueError(

@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 STRICT = ConfigDict(extra="forbid")
-Group = Literal["router", "experts", "attention", "rest"]
+Group = Literal["router", "experts", "curvature", "attention", "rest"]
 GROUPS: tuple[str, ...] = get_args(Group)
 
 # Families that a seed can be pretrained in; checkpoints that are brought may be of any in upcycle.families.

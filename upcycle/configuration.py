@@ -10,7 +10,7 @@ import copy
 from transformers import AutoConfig, PretrainedConfig
 
 from .families import head_dim
-from .kinds import FACTS
+from .kinds import BENDING, COMBINE, FACTS, UPDATES
 from .losses import LOADS
 from .plans import expert_plan, sharding_plan, tensor_plan
 from .routing import GATE_SCALES, Rule, gates_sum_to_one, impossible
@@ -50,6 +50,7 @@ class UpcycledConfig(PretrainedConfig):
     tie: "none", "layers" (the first layer decides for all), "sublayers" (the feed-forward router has the attention router's
     logits) or "skip" (a router adds the logits of the layer before). balance to entropy_coefficient: the feed-forward
     routers' losses; attention_losses: the same fields for the attention's. routed_layers: those that are mixtures (None: all).
+    combine: whether outputs or weights of feed-forward experts are combined, and how (camex.COMBINE).
     """
 
     model_type = "upcycled"
@@ -83,6 +84,7 @@ class UpcycledConfig(PretrainedConfig):
         shared_gate: str = "half",
         routed_layers: list[int] | None = None,
         initializer_range: float = 0.02,
+        combine: dict | None = None,
         **kwargs,
     ):
         seed = {"model_type": "llama"} if seed is None else seed
@@ -103,7 +105,7 @@ class UpcycledConfig(PretrainedConfig):
         self.balance, self.balance_coefficient, self.balance_scope = balance, balance_coefficient, balance_scope
         self.z_coefficient, self.similarity_coefficient = z_coefficient, similarity_coefficient
         self.entropy_coefficient, self.attention_losses = entropy_coefficient, LOSSES | (attention_losses or {})
-        self.initializer_range = initializer_range
+        self.initializer_range, self.combine = initializer_range, COMBINE | (combine or {})
         for name in ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(name, getattr(self.seed, name, None))
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
@@ -121,6 +123,11 @@ class UpcycledConfig(PretrainedConfig):
             ("kv", self.kv, ("expert", "shared")),
             ("shared_expert", self.shared_expert, ("none", "seed", "merged")),
             ("shared_gate", self.shared_gate, ("half", "sum")),
+            ("combine.of", self.combine.get("of"), ("outputs", "weights")),
+            ("combine.curvature", self.combine.get("curvature"), ("none", "kronecker", "linear")),
+            ("combine.share", self.combine.get("share"), ("layer", "all")),
+            ("combine.election", self.combine.get("election"), ("none", "sign")),
+            ("combine.update", self.combine.get("update"), UPDATES),
             ("tie", self.tie, ("none", "layers", "sublayers", "skip")),
             ("balance", self.balance, ("none", *LOADS)),
             ("balance_scope", self.balance_scope, scopes),
@@ -134,6 +141,7 @@ class UpcycledConfig(PretrainedConfig):
             ("router_options", self.router_options, OPTIONS),
             ("attention_router", self.attention_router, ATTENTION_ROUTER),
             ("attention_losses", self.attention_losses, LOSSES),
+            ("combine", self.combine, COMBINE),
         ):
             if odd := [key for key in given if key not in valid]:
                 raise ValueError(f"{name}: {odd[0]!r} is not known; expected one of {', '.join(valid)}")
@@ -143,6 +151,7 @@ class UpcycledConfig(PretrainedConfig):
                 f"routed_layers={self.routed_layers}: expected some of the seed's {len(layers)} layers, from 0"
             )
         self._check_experts()
+        self._check_combine()
         for part in self.parts:
             if problem := impossible(self.rule(part, self.routed[-1])) or self._idle_loss(part):
                 raise ValueError(f"{part} router: {problem}")
@@ -166,6 +175,30 @@ class UpcycledConfig(PretrainedConfig):
         if "similarity" in names and (self.tie == "layers" or len(self.routed) == 1):
             return "similarity compares the decisions of layers, and there is one decision; expected its coefficient to be 0"
         return ""
+
+    def _check_combine(self) -> None:
+        rule = self.rule("ffn", self.routed[-1])
+        if not self.merges_weights:
+            if self.combine != COMBINE or rule.first in ("base", "own_mean"):
+                raise ValueError(
+                    f"combine={self.combine}, first={rule.first!r}: a base, a curvature and their like are for experts whose weights are "
+                    "merged; expected combine.of=weights, or all else as it is by default"
+                )
+            return
+        if rule.per == "token" or not (rule.kind == "soft" or FACTS[rule.kind].selects):
+            raise ValueError(
+                f"combine.of=weights merges weights once for each decision; expected a soft or top-k router that decides per segment or "
+                f"prefix, got {rule.kind}, per={rule.per}"
+            )
+        if rule.first == "base" and self.combine["base"] in ("none", "zeros"):
+            raise ValueError(f"first='base' needs a base expert, got combine.base={self.combine['base']!r}")
+        if rule.first == "base" and self.combine["update"] in ("travel", "previous_merged"):
+            raise ValueError(
+                f"first='base' with combine.update={self.combine['update']!r} sends first segments through another layer's feed-forward; "
+                "expected first='uniform'"
+            )
+        if self.split > 1:
+            raise ValueError(f"combine.of=weights merges whole feed-forwards, got split={self.split}; expected 1")
 
     def _check_experts(self) -> None:
         where = "router.top_k (num_experts_per_tok)"
@@ -228,6 +261,21 @@ class UpcycledConfig(PretrainedConfig):
         if self.tie == "layers":
             return {"decides": f"{part}.{self.routed[0]}"}
         return {"skip_from": f"{part}.{self.routed[place - 1]}"}
+
+    @property
+    def merges_weights(self) -> bool:
+        """Whether feed-forward experts are merged in weight space, not their outputs."""
+        return self.combine["of"] == "weights"
+
+    @property
+    def bends(self) -> bool:
+        """Whether what is merged is more than the experts' weights as they are stored (camex.py)."""
+        return any(self.combine[name] != COMBINE[name] for name in BENDING)
+
+    def has_base(self, layer: int) -> bool:
+        """Whether the base expert's weights lie in this layer."""
+        own = self.combine["update"] in ("none", "per_layer") or layer == self.routed[0]
+        return self.merges_weights and own and self.combine["base"] not in ("none", "zeros")
 
     @property
     def remembers(self) -> bool:

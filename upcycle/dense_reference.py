@@ -40,6 +40,8 @@ class DenseReference:
         self.shared = {piece.sources[0]: piece for piece in pieces if ".shared_expert." in piece.target}
         self.feed_forward = [piece for piece in pieces if piece.origin == "stacked" and piece.sublayer == "ffn"]
         own = [id(piece) for piece in (*self.shared.values(), *self.feed_forward)]
+        self.base = [piece for piece in pieces if piece.origin == "mean" or piece.sublayer == "base"]
+        own += [id(piece) for piece in self.base]
         self.others = [piece for piece in pieces if piece.origin != "fresh" and id(piece) not in own]
         directory = next(iter(checkpoints.values())).directory
         self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=torch.float32).eval()
@@ -96,6 +98,13 @@ class DenseReference:
                 made.append(sum(parts) if piece.axis is None else torch.cat(parts, piece.axis))
             stored = [torch.cat(made)] if len(piece.sources) == 1 else made
             for source, tensor in zip(piece.sources, stored, strict=True):
+                self._put(source, tensor)
+
+    def take_base(self) -> None:
+        """The feed-forwards of the base expert, as the mixture has them."""
+        for piece in self.base:
+            rows = self.mixture.get(piece.target).float()
+            for source, tensor in zip(piece.sources, rows.chunk(len(piece.sources)), strict=True):
                 self._put(source, tensor)
 
     def _expert(self, piece: Piece, index: int) -> list[Tensor]:

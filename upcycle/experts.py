@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from upcycle.combine_config import BASES
 from upcycle.config import nearest
 from upcycle.mixture_config import AssembleConfig
 from upcycle.placement_config import PlacementConfig
@@ -52,7 +53,7 @@ class Placed:
     """The experts of one mixture, as assembly.json keeps them.
 
     attention: its attention experts, whole ones; none where attention is merged. models: those that have an expert; the rest
-    is merged of them. layers: those that are mixtures (None: all). split: hidden units of the seed's feed-forward over those
+    is merged of them. base: the one that nobody routes to, if it is a model's (CombineConfig). layers: those that are mixtures (None: all). split: hidden units of the seed's feed-forward over those
     of an expert. scale_weights, drop_fraction: PlacementConfig's. rng_seed: of the hidden units that are drawn anew.
     """
 
@@ -66,10 +67,11 @@ class Placed:
     drop_fraction: float = 0.0
     rng_seed: int = 0
     note: str = ""
+    base: tuple[Expert, ...] = ()
 
     def of(self, part: str) -> tuple[Expert, ...]:
-        """The experts of "ffn" or "attention"."""
-        return self.experts if part == "ffn" else self.attention
+        """The experts of "ffn" or "attention", or the "base"."""
+        return {"ffn": self.experts, "attention": self.attention, "base": self.base}[part]
 
     @property
     def rows(self) -> int:
@@ -99,9 +101,16 @@ def place(
     """
     placement = choice.placement
     check_names(branches)
-    copies = _copies(choice, branches)
+    base = choice.combine.model
+    copies = [name for name in _copies(choice, branches) if name != base]
     if len(copies) < 2:
-        raise ValueError(f"a mixture needs two experts or more, got {', '.join(copies) or 'none'}; add a branch")
+        beside = f" beside the base {base}" if base else ""
+        raise ValueError(
+            f"a mixture needs two experts or more{beside}, got {', '.join(copies) or 'none'}; add a branch"
+        )
+    if base not in (None, "seed", *branches):
+        known = [*BASES, "seed", *branches]
+        raise ValueError(f"combine.base={base} is not known, expected one of {', '.join(known)}{nearest(base, known)}")
     split = matched.split if matched else placement.split
     named = _named(copies)
     if placement.blend:
@@ -126,7 +135,7 @@ def place(
     return Placed(
         experts=experts,
         attention=whole_ones,
-        models=tuple(name for name in ("seed", *branches) if name in copies),
+        models=tuple(name for name in ("seed", *branches) if name in copies or name == base),
         top_k=matched.top_k if matched else choice.router.top_k,
         layers=routed_layers(placement.layers, layers),
         split=split,
@@ -134,6 +143,7 @@ def place(
         drop_fraction=placement.drop_fraction,
         rng_seed=choice.rng_seed,
         note=matched.note if matched else "",
+        base=whole([base], [base]) if base else (),
     )
 
 
@@ -151,7 +161,7 @@ def _copies(choice: AssembleConfig, branches: Sequence[str]) -> list[str]:
                 f"placement.experts names {name!r}, expected seed or one of the branches ({', '.join(branches)})"
                 f"{nearest(name, known)}"
             )
-    if idle := [name for name in branches if name not in named]:
+    if idle := [name for name in branches if name not in named and name != choice.combine.base]:
         raise ValueError(
             f"placement.experts={list(named)} leaves out {', '.join(idle)}: those branches would be trained, or read, in vain; "
             "name them too, or take them out of the branches"

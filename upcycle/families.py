@@ -209,6 +209,23 @@ def _has_parts(model: Any, family: Family) -> bool:
     return True
 
 
+def stacked_shapes(mlp: nn.Module, family: Family, experts: int, split: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the feed-forwards of all experts, each 1/split of `mlp`, side by side: gate_up_proj (E, 2F, D) with the gate rows
+    first, or up_proj (E, F, D), and down_proj (E, D, F); gate_up_proj_bias (E, 2F), down_proj_bias (E, D) where there are biases.
+    """
+    ups, down = [getattr(mlp, name) for name in family.up], getattr(mlp, family.down)
+    # A module that is built for ZeRO-3 has its weights partitioned already, and says what they were.
+    sizes = [tuple(getattr(one.weight, "ds_shape", one.weight.shape))[:: -1 if family.conv1d else 1] for one in ups]
+    rows, hidden = sum(size[0] for size in sizes), sizes[0][1]
+    assert rows % split == 0, (rows, split)  # experts.place refuses such a split
+    rows //= split
+    first, inner = ("gate_up_proj", rows // 2) if family.gated else ("up_proj", rows)
+    shapes: dict[str, tuple[int, ...]] = {first: (experts, rows, hidden), "down_proj": (experts, hidden, inner)}
+    if down.bias is not None:
+        shapes |= {f"{first}_bias": (experts, rows), "down_proj_bias": (experts, hidden)}
+    return shapes
+
+
 def key_value_heads(config) -> int:
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 

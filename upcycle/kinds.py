@@ -1,4 +1,4 @@
-"""What is true of each kind of router, as data: settings, costs and models read it here. No torch.
+"""What is true of each kind of router, and what combining experts may be, as data: settings, costs and models read it here. No torch.
 
 The functions themselves are routing.ROUTERS. This file travels inside checkpoints as remote code: it imports nothing else of
 ours.
@@ -6,7 +6,7 @@ ours.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Facts(NamedTuple):
@@ -36,3 +36,20 @@ FACTS = {
     "uniform": Facts(every=True, weightless="every expert has the same gate"),
     "oracle": Facts(one=True, weightless="the domain's label picks the expert"),
 }
+
+# How feed-forward experts are combined: what a config's `combine` may hold, beside what it is without it (CombineConfig says what each
+# means), what of it makes soft merging CAMEx, and whose a layer's base is.
+COMBINE: dict[str, Any] = {
+    "of": "outputs",
+    "base": "none",
+    "train_base": True,
+    "alpha": 1.0,
+    "curvature": "none",
+    "rank": 1,
+    "share": "layer",
+    "election": "none",
+    "drop": 0.0,
+    "update": "none",
+}
+BENDING = ("alpha", "curvature", "election", "drop", "update")
+UPDATES = ("none", "travel", "previous_merged", "per_layer")

@@ -139,7 +139,8 @@ def router_losses(
         sums[name] = sums.get(name, 0) + value / count
 
     before_BSE: Tensor | None = None
-    for logits_TE, gates_TK, experts_TK, decided_T in routings:
+    for routing in routings:
+        logits_TE, gates_TK, experts_TK, decided_T = routing[:4]
         num_experts = logits_TE.shape[-1]
         logits_BSE = logits_TE.view(*valid_BS.shape, num_experts)
         counted_BS = valid_BS if decided_T is None else _decided(valid_BS, decided_T)

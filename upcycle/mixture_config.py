@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from upcycle.combine_config import CombineConfig
 from upcycle.config import STRICT, TrainConfig
 from upcycle.merge_config import MergeConfig
 from upcycle.placement_config import PlacementConfig
@@ -30,6 +31,7 @@ class AssembleConfig:
     kv: Literal["expert", "shared"] = "expert"
     tie: Literal["none", "layers", "sublayers", "skip"] = "none"
     placement: PlacementConfig = PlacementConfig()
+    combine: CombineConfig = CombineConfig()
     merge: MergeConfig = MergeConfig()
     include_seed: bool = True
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -64,6 +66,7 @@ class AssembleConfig:
         if self.tie != "none":
             self._check_tie()
         self._check_first()
+        self.combine.check_beside(self)
         self.placement.check_beside(self)
         return self
 
@@ -130,12 +133,12 @@ class AssembleConfig:
     def _check_first(self) -> None:
         """A first segment goes to the seed's own expert; there must be one."""
         named = self.placement.experts
-        has_seed = self.include_seed if named == "branches" else "seed" in named
+        has_seed = (self.include_seed if named == "branches" else "seed" in named) and self.combine.base != "seed"
         for name, router in self.routers.items():
             if router.pool.per != "token" and router.pool.first == "seed" and not has_seed:
                 raise ValueError(
                     f"{name}.pool.first=seed needs the seed among the experts, got include_seed={str(self.include_seed).lower()}, "
-                    f"placement.experts={named}; include it, or use pool.first=uniform with kind=soft"
+                    f"placement.experts={named}, combine.base={self.combine.base}; include it, or use pool.first=base with a base, uniform with kind=soft"
                 )
 
 

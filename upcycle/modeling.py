@@ -23,13 +23,15 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils import logging
 
 from .attention import GatedOutput, soft_mixture_of_attention
+from .camex import SharedCurvature, merging_experts, shared_curvature, start
 from .configuration import UpcycledConfig
-from .families import ACTIVATIONS, Family, family_of, final_logits
+from .families import ACTIVATIONS, Family, family_of, final_logits, stacked_shapes
 from .kernels import shown_to_kernels
 from .kinds import FACTS
 from .losses import IGNORED, router_losses
 from .plans import plans_of_modules
 from .router import REMEMBERED, Router, RoutingTrace, masks_for_routers, remembered
+from .soft_merging import SoftMergedExperts
 
 logger = logging.get_logger(__name__)
 
@@ -54,22 +56,11 @@ def _loop_over_experts(experts, hidden_TD: Tensor, experts_TK: Tensor, gates_TK:
 class _StackedExperts(nn.Module):
     def __init__(self, config: UpcycledConfig, mlp: nn.Module, family: Family):
         super().__init__()
-        E, D = config.num_experts, config.hidden_size
-        ups, down = [getattr(mlp, name) for name in family.up], getattr(mlp, family.down)
-        # A module that is built for ZeRO-3 has its weights partitioned already, and says what they were.
-        shapes = [getattr(up.weight, "ds_shape", up.weight.shape) for up in ups]
-        rows = sum(shape[1 if family.conv1d else 0] for shape in shapes)
-        assert rows % config.split == 0, (rows, config.split)  # experts.place refuses such a split
-        rows //= config.split
-        self.num_experts, self.hidden_dim = E, D
-        self.intermediate_dim = rows // 2 if family.gated else rows
+        shapes = stacked_shapes(mlp, family, config.num_experts, config.split)
+        self.num_experts, self.hidden_dim, self.intermediate_dim = shapes["down_proj"]
         self.act_fn = next(getattr(mlp, name) for name in ACTIVATIONS if hasattr(mlp, name))
-        first = "gate_up_proj" if family.gated else "up_proj"
-        self.register_parameter(first, nn.Parameter(torch.empty(E, rows, D)))
-        self.down_proj = nn.Parameter(torch.empty(E, D, self.intermediate_dim))
-        if down.bias is not None:
-            self.register_parameter(f"{first}_bias", nn.Parameter(torch.empty(E, rows)))
-            self.down_proj_bias = nn.Parameter(torch.empty(E, D))
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
 
     def forward(self: Any, hidden_TD: Tensor, experts_TK: Tensor, gates_TK: Tensor) -> Tensor:
         return _loop_over_experts(self, hidden_TD, experts_TK, gates_TK)
@@ -83,8 +74,7 @@ class StackedExperts(_StackedExperts):
     """
 
     def __init__(self, config: UpcycledConfig, mlp: nn.Module, family: Family):
-        super().__init__(config, mlp, family)
-        # After the decorator's own __init__, which knows one layout for all instances of a class.
+        super().__init__(config, mlp, family)  # whose decorator knows one layout for all instances of a class
         self.has_gate, self.has_bias = family.gated, hasattr(self, "down_proj_bias")
 
 
@@ -94,6 +84,7 @@ class RoutedExperts(nn.Module):
         half  ½ MLP_s(x) + ½ Σ_e gate_e · MLP_e(x)     copies of the seed stay the seed
         sum   MLP_s(x) + Σ_e gate_e · MLP_e(x)         (Nexus, arXiv:2408.15901)
 
+    Where weights are merged, the MLP of the merged weights stands in place of Σ_e gate_e · MLP_e(x) (soft_merging.py).
     mlp: the family's own; it becomes the shared expert, or is used for its shapes only.
     """
 
@@ -103,7 +94,7 @@ class RoutedExperts(nn.Module):
         rule = config.rule("ffn", layer)
         self.router = Router(config.hidden_size, config.num_experts, f"ffn.{layer}", rule, **config.ties("ffn", layer))
         self.sparse = FACTS[rule.kind].sparse
-        self.experts = StackedExperts(config, mlp, family)
+        self.experts: Any = merging_experts(config, mlp, layer) or StackedExperts(config, mlp, family)
         self.dropout = nn.Dropout(getattr(config.seed, family.mlp_dropout) if family.mlp_dropout else 0.0)
         self.shared_expert = None if config.shared_expert == "none" else mlp
         self.share = 0.5 if config.shared_gate == "half" else 1.0
@@ -112,7 +103,9 @@ class RoutedExperts(nn.Module):
     def forward(self, hidden_BSD: Tensor) -> Tensor:
         routing = self.router(hidden_BSD, self.trace)
         hidden_TD, experts_TK, gates_TK = hidden_BSD.flatten(0, -2), routing.experts, routing.gates
-        if self.sparse and self.training:
+        if isinstance(self.experts, SoftMergedExperts):
+            mixed_TD = self.experts(hidden_TD, routing, self.trace)
+        elif self.sparse and self.training:
             mixed_TD = self._taken_places_only(hidden_TD, experts_TK, gates_TK)
         else:
             mixed_TD = self.experts(hidden_TD, experts_TK, gates_TK)
@@ -152,9 +145,12 @@ def traced(layer_class: type) -> type:
 @torch.no_grad()
 def _init_ours(module: nn.Module, std: float) -> bool:
     """Initialise a module of ours; False if it is not one. transformers.initialization spares loaded tensors."""
-    if not isinstance(module, (StackedExperts, GatedOutput, Router)):
+    if not isinstance(module, (StackedExperts, SoftMergedExperts, SharedCurvature, GatedOutput, Router)):
         return False
     for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        if "curvature_" in name:
+            init.copy_(tensor, start(name, tuple(tensor.shape)))
+            continue
         init.zeros_(tensor) if "bias" in name else init.normal_(tensor, std=std)
     return True
 
@@ -190,6 +186,10 @@ class UpcycledPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _keep_in_fp32_modules_strict = {"router"}
 
+    def _init_weights(self, module):
+        if not _init_ours(module, self.config.initializer_range):
+            super()._init_weights(module)
+
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs):
         """Non-reentrant only: the reentrant kind loses the gradients of recorded router logits without a word.
 
@@ -223,6 +223,7 @@ class UpcycledModel(UpcycledPreTrainedModel):
                 dense = getattr(layer, family.attention)
                 setattr(layer, family.attention, soft_mixture_of_attention(dense, config, index))
                 layer.routed_parts.append(family.attention)
+        self.curvature = shared_curvature(self)
         self.remembers = config.remembers
         self._can_compile_fullgraph = not self.remembers
         self.post_init()
@@ -251,6 +252,8 @@ class UpcycledModel(UpcycledPreTrainedModel):
         use_cache = self.decoder.config.use_cache if use_cache is None else use_cache
         if self.remembers and (past is not None or use_cache):
             trace.earlier = remembered(past)
+        if self.curvature is not None:
+            trace.curvature = self.curvature()
         out = self.decoder(input_ids=input_ids, attention_mask=attention_mask, trace=trace, **kwargs)
         if trace.earlier is not None and out.past_key_values is not None:
             setattr(out.past_key_values, REMEMBERED, trace.kept)

@@ -43,15 +43,18 @@ def group_of(name: str) -> str:
     """The optimizer group of a parameter, from its name."""
     if ".router." in name:
         return "router"
+    if ".curvature_" in name:
+        return "curvature"
     if ".experts." in name:
         return "experts"
     return "attention" if ATTENTION_NAMES.search(name) else "rest"
 
 
 def decays(name: str, parameter: torch.Tensor) -> bool:
-    """Weight decay is for matrices; stacked biases are 2-D too, hence the look at the name."""
+    """Weight decay is for matrices; stacked biases are 2-D too, hence the look at the name. A curvature would decay to 0, not to
+    the identity that it starts from."""
     shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3's partition itself has one dimension
-    return len(shape) >= 2 and "bias" not in name
+    return len(shape) >= 2 and "bias" not in name and "curvature_" not in name
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig, updates: Mapping[str, float] | None = None) -> list[dict]:

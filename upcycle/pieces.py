@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from upcycle.attention import stack_heads, unstack_heads
 from upcycle.checkpoint import Checkpoint
+from upcycle.combine_config import BASES
 from upcycle.configuration import UpcycledConfig
 from upcycle.experts import Expert, Placed, whole
 from upcycle.families import Family, family_of, key_value_heads, split_fused
@@ -41,7 +42,7 @@ class Piece:
     origin: "stacked", of every expert of `sublayer`, "ffn" or "attention", `carve` takes its share of what `cut` leaves of
     the models' sources; `stack` takes these, [expert][matrix], and `unstack(target, expert)` undoes it; "copied", from the
     one `model` (for the attention expert with index `expert`, or for all); "merged", what `cut` leaves of the merged source;
-    "fresh", from nothing. part: which rows of a fused source `cut` takes. axis: along which hidden units of a feed-forward
+    "mean", like "stacked", what `stack` makes of all experts together; "fresh", from nothing, of this `shape`. part: which rows of a fused source `cut` takes. axis: along which hidden units of a feed-forward
     lie in a matrix; None: nowhere.
     """
 
@@ -57,6 +58,7 @@ class Piece:
     sublayer: str = "attention"
     carve: Callable[[Expert, Mapping[str, list[Tensor]]], list[Tensor]] = as_it_is
     axis: int | None = None
+    shape: tuple[int, ...] = ()
 
     def models(self, placed: Placed) -> list[str]:
         """The checkpoints that it is made of."""
@@ -72,10 +74,12 @@ class Piece:
 def placed_whole(config: UpcycledConfig) -> Placed:
     """What a config alone tells: every expert the whole of its source."""
     attention = whole(config.names_of("attention"), config.sources_of("attention"))
+    base = config.combine["base"] if config.combine["base"] not in BASES else None
     return Placed(
         experts=whole(config.experts, config.expert_sources),
         attention=attention if config.attention == "mixture" else (),
         models=tuple(dict.fromkeys(config.expert_sources)),
+        base=whole([base], [base]) if base else (),
         top_k=config.num_experts_per_tok,
         layers=None if config.routed_layers is None else tuple(config.routed),
     )
@@ -95,13 +99,23 @@ def plan_pieces(config: UpcycledConfig, source_names: Sequence[str], placed: Pla
         pieces += _mlp_pieces(config, placed, layer, names)
         if config.attention == "mixture":
             pieces += _attention_pieces(config, source + family.attention, target + family.attention, names)
-        pieces += [Piece(name, "fresh") for name in wanted if name.startswith(target) and ".router." in name]
+        pieces += [_fresh(name, wanted) for name in wanted if name.startswith(target) and is_fresh(name)]
+    pieces += [_fresh(name, wanted) for name in wanted if name.startswith("model.curvature.")]
     taken = {name for piece in pieces for name in piece.sources}
     for name in source_names:
         if name not in taken:
             pieces.append(Piece(_outside_layers(name, family), "merged", (name,)))
     _check_targets(config, pieces, set(wanted))
     return pieces
+
+
+def is_fresh(name: str) -> bool:
+    """Whether a tensor of a mixture's layer is made from nothing."""
+    return ".router." in name or ".curvature_" in name
+
+
+def _fresh(name: str, shapes: Mapping[str, tuple[int, ...]]) -> Piece:
+    return Piece(name, "fresh", shape=shapes[name])
 
 
 def _outside_layers(name: str, family: Family) -> str:
@@ -131,12 +145,36 @@ def _mlp_pieces(config: UpcycledConfig, placed: Placed, layer: int, names: set[s
             yield Piece(
                 to, "stacked", sources, _stack_rows, unstack, _linear(family), sublayer="ffn", carve=carve, axis=axis
             )
+            if config.has_base(layer):
+                yield _base_piece(config, f"{target}.experts.base_{name}{suffix}", sources, unstack)
             for one in sources if config.shared_expert != "none" else ():
                 own = f"{target}.shared_expert.{one.removeprefix(source + '.')}"
                 if config.shared_expert == "seed":
                     yield Piece(own, "copied", (one,), model="seed")
                 else:
                     yield Piece(own, "merged", (one,))
+
+
+def _base_piece(
+    config: UpcycledConfig, target: str, sources: tuple[str, ...], unstack: Callable[[Tensor, int], list[Tensor]]
+) -> Piece:
+    """The base expert: one model's whole feed-forward, or the mean of the experts'."""
+    cut = _linear(family_of(config.seed))
+    if config.combine["base"] == "mean":
+        return Piece(target, "mean", sources, _mean_rows, cut=cut, sublayer="ffn")
+    return Piece(
+        target,
+        "stacked",
+        sources,
+        lambda base: torch.cat(base[0]),
+        lambda base, _: unstack(base[None], 0),
+        cut,
+        sublayer="base",
+    )
+
+
+def _mean_rows(experts: list[list[Tensor]]) -> Tensor:
+    return torch.stack([torch.cat(sources).double() for sources in experts]).mean(0).to(experts[0][0].dtype)
 
 
 def _share_of(
@@ -264,11 +302,12 @@ def _output_piece(config: UpcycledConfig, source: str, target: str, kind: str) -
     )
 
 
-def _tensors_of(config: UpcycledConfig) -> list[str]:
-    """The names of all tensors of the mixture; which routers have weights, and which a bias, is the model's business."""
+def _tensors_of(config: UpcycledConfig) -> dict[str, tuple[int, ...]]:
+    """All tensors of the mixture and their shapes; which routers have weights, and which a bias, is the model's business."""
     with torch.device("meta"):
-        names = list(UpcycledForCausalLM._from_config(config).state_dict())
-    return [name for name in names if not (config.tie_word_embeddings and name == "lm_head.weight")]
+        state = UpcycledForCausalLM._from_config(config).state_dict()
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    return {name: tuple(tensor.shape) for name, tensor in state.items() if name not in tied}
 
 
 def dense_config(config: UpcycledConfig) -> PretrainedConfig:

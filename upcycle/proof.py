@@ -6,6 +6,7 @@
    the method that was asked for makes of them; proof.json counts them (those that need curvature are not compared).
 2. One-hot. With all routers forced to expert e, the mixture's logits equal those of a dense model of the seed's own
    class that has e's tensors (and the shared expert's) inside the merged rest; for every e.
+   Where weights are merged, the base expert alone too.
 3. Gates. With the routers as they are, each feed-forward sublayer's output is Σ_e gate_e · MLP_e, of MLPs of the seed's own
    class, with the shared expert's share; and where the options promise it, every token's gates sum to 1 (then copies of the
    seed are the seed).
@@ -70,35 +71,77 @@ def prove(mixture_dir: Path, model_dirs: Mapping[str, Path], advance: Callable[.
     compared = _check_merged(mixture, pieces, checkpoints, config, placed.models, merge)
     advance(1, steps, doing="proved: tensors")
     tokens = torch.randint(0, config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
-    sublayers, gate_sum = _watch_sublayers(model, tokens)
     dense = DenseReference(mixture, pieces, config, placed, checkpoints)
+    if config.merges_weights:
+        found = _of_merged_weights(model, dense, tokens, advance)
+    else:
+        found = _of_gated_outputs(model, dense, tokens, advance)
+    return write_proof(mixture_dir, {"expert_tensors_hashed": hashed, "merged_tensors_compared": compared, **found})
+
+
+def _of_gated_outputs(model: Any, dense: DenseReference, tokens: Tensor, advance: Callable[..., None]) -> dict:
+    """Checks 2 and 3."""
+    sublayers, gate_sum = _watch_sublayers(model, tokens)
     errors = {}
-    for index, expert in enumerate(placed.experts):
-        dense.take(index)
-        errors[expert.name] = largest_difference(model, dense, tokens, index)
-        if not errors[expert.name] <= TOLERANCE:
-            raise ValueError(
-                f"{mixture_dir}: forced to expert {expert.name!r} the mixture's logits differ from the dense model's by "
-                f"{errors[expert.name]:.2e} of the largest, expected at most {TOLERANCE}; do not use this mixture"
-            )
+    for index in range(len(dense.placed.experts)):
+        _check_one_hot(model, dense, tokens, index, errors, advance)
         dense.take_feed_forward(index, shared=False)
         for sublayer in sublayers:
             sublayer.subtract(dense.model, sublayer.gates_TE[:, index, None])
-        advance(index + 2, steps, doing=f"proved: expert {expert.name}")
-    if config.shared_expert != "none":
+    if model.config.shared_expert != "none":
         dense.take_feed_forward(None, shared=True)
         for sublayer in sublayers:
             sublayer.subtract(dense.model, 1.0)
     left = max(sublayer.left() for sublayer in sublayers)
     if not left <= TOLERANCE:
         raise ValueError(
-            f"{mixture_dir}: a feed-forward sublayer differs from the gated sum of its experts by {left:.2e} of its largest "
+            f"{dense.mixture.directory}: a feed-forward sublayer differs from the gated sum of its experts by {left:.2e} of its largest "
             f"output, expected at most {TOLERANCE}; do not use this mixture"
         )
-    result = {
-        "expert_tensors_hashed": hashed, "merged_tensors_compared": compared, "one_hot_errors": errors, "gated_sum_error": left, "mean_gate_sum": gate_sum,
-    }  # fmt: skip
-    return write_proof(mixture_dir, result)
+    return {"one_hot_errors": errors, "gated_sum_error": left, "mean_gate_sum": gate_sum}
+
+
+def _of_merged_weights(model: Any, dense: DenseReference, tokens: Tensor, advance: Callable[..., None]) -> dict:
+    """Check 2 where experts are merged in weight space, and the base alone. With α = 1 and no election, B + M(E − B) is E at first."""
+    combine, errors = model.config.combine, {}
+    if combine["alpha"] == 1 and combine["election"] == "none":
+        for index in range(len(dense.placed.experts)):
+            _check_one_hot(model, dense, tokens, index, errors, advance)
+    found: dict[str, Any] = {"one_hot_errors": errors}
+    alone = model.config.rule("ffn", model.config.routed[0])
+    if alone.first == "base" and alone.tokens >= tokens.shape[1] and combine["update"] == "none" and not dense.shared:
+        dense.take(0)
+        dense.take_base()
+        with torch.no_grad():
+            theirs = dense.model(tokens).logits
+            forced = {"attention": dense.attention_expert(0)}
+            ours = model(tokens, trace=RoutingTrace(forced=forced)).logits
+        found["base_error"] = ((ours - theirs).abs().max() / theirs.abs().max()).item()
+        _check_difference(dense, found["base_error"], "with its base expert alone")
+    return found
+
+
+def _check_one_hot(
+    model: Any,
+    dense: DenseReference,
+    tokens: Tensor,
+    index: int,
+    errors: dict[str, float],
+    advance: Callable[..., None],
+) -> None:
+    dense.take(index)
+    name, count = dense.placed.experts[index].name, len(dense.placed.experts)
+    errors[name] = largest_difference(model, dense, tokens, index)
+    _check_difference(dense, errors[name], f"forced to expert {name!r}")
+    advance(index + 2, count + 1, doing=f"proved: expert {name}")
+
+
+def _check_difference(dense: DenseReference, difference: float, when: str) -> None:
+    if not difference <= TOLERANCE:
+        raise ValueError(
+            f"{dense.mixture.directory}: {when} the mixture's logits differ from the dense model's by {difference:.2e} of the largest, "
+            f"expected at most {TOLERANCE}; do not use this mixture"
+        )
 
 
 def _needed(placed: Placed, config: UpcycledConfig, merge: MergeConfig) -> list[str]:
@@ -197,6 +240,15 @@ def _check_merged(
     dense, compared = dense_config(config), 0
     facts = tensor_facts(dense)
     merger = Merger(merge, checkpoints.get("seed", mixture), dense, list(models))
+    for piece in (piece for piece in pieces if piece.origin == "mean"):
+        rows = [
+            torch.cat([piece.cut(checkpoints[name].get(one)) for one in piece.sources])
+            for name in config.expert_sources
+        ]
+        mean, ours = torch.stack([one.double() for one in rows]).mean(0), mixture.get(piece.target)
+        if not torch.allclose(ours.double(), mean, rtol=2 * torch.finfo(ours.dtype).eps, atol=1e-6):
+            raise ValueError(f"{mixture.directory}: {piece.target} is not the mean of the experts'")
+        compared += 1
     for piece in (piece for piece in pieces if piece.origin == "merged"):
         ours, (source,) = mixture.get(piece.target), piece.sources
         found = facts.get(source, UNKNOWN)

@@ -67,6 +67,8 @@ class RoutingTrace:
     token_ids_BS: None if only embeddings were given. valid_BS: False on padding, None if nothing is known to be padded.
     earlier: what routers remember of the tokens in the cache, by router; None where nothing is to be remembered. kept: what
     they will remember after these; apart, because a recomputation must start from the same.
+    bases: of layers whose base expert comes from the layer before, its weights. curvature: the map that all
+    layers share, if they do.
     No dataclass: FSDP2 copies those on their way into a layer, and what the layer records would be lost.
     """
 
@@ -84,6 +86,8 @@ class RoutingTrace:
         self.earlier: dict[str, Kept] | None = None
         self.kept: dict[str, Kept] = {}
         self.routings: dict[str, Routing] = {}
+        self.bases: dict[int, Any] = {}
+        self.curvature: dict[str, Tensor] = {}
 
     def record(self, name: str, routing: Routing) -> Routing:
         """Keep the first decision under `name`; a recomputation gets that one back and routes exactly the same."""
@@ -124,12 +128,23 @@ def masks_for_routers(mask: Tensor | None, tokens: int, prepared: Any) -> Any:
     return {VALID: mask[:, -tokens:].bool()} | (prepared if isinstance(prepared, dict) else {MASK: prepared})
 
 
-def pooled(logits_BSE: Tensor, valid_BS: Tensor, rule: Rule, kept: Kept | None) -> tuple[Tensor, Tensor, Kept]:
+class Pooled(NamedTuple):
+    """logits: (B, S, E) by which tokens are routed. first: (B, S) bool, the first segment, which has nothing to go by. run: (B, S), which
+    tokens have one decision. kept: what the next tokens need."""
+
+    logits: Tensor
+    first: Tensor
+    run: Tensor
+    kept: Kept
+
+
+def pooled(logits_BSE: Tensor, valid_BS: Tensor, rule: Rule, kept: Kept | None) -> Pooled:
     """Logits by which whole segments are routed: those of segment g are the mean over the tokens of segment g − 1.
 
     W · mean(x) = mean(W x), so pooling logits is Lory's (arXiv:2405.03133) router on the mean hidden state. With
     rule.per = "prefix" there are two segments: the first `rule.tokens` tokens, and the rest of the sequence.
-    Returns ((B, S, E) logits; (B, S) bool, the first segment, which has nothing to go by; what the next tokens need).
+    With rule.first = "own_mean" the first segment has the mean of its own tokens that are there, without a gradient: a leak of later
+    tokens into earlier ones, as in Lory's training.
     """
     (B, S, E), size = logits_BSE.shape, rule.tokens
     last = 1 if rule.per == "prefix" else torch.iinfo(torch.int64).max
@@ -153,7 +168,13 @@ def pooled(logits_BSE: Tensor, valid_BS: Tensor, rule: Rule, kept: Kept | None) 
 
     next_B1 = ((count_B // size).clamp_max(last) - start_B).unsqueeze(1)
     following = Kept(kept.tokens + S, count_B, at(sum_BGE, next_B1).squeeze(1), at(decision_BGE, next_B1).squeeze(1))
-    return at(decision_BGE, local_BS), segment_BS == 0, following
+    if rule.first == "own_mean":
+        own_BE = sum_BGE[:, 0] / (kept.count_B + (valid_BS & (local_BS == 0)).sum(1)).clamp_min(1).unsqueeze(1)
+        starts_B11 = (start_B == 0).view(-1, 1, 1)  # the slots of later forwards begin with later segments
+        first_B1E = torch.where(starts_B11, own_BE.detach().unsqueeze(1), decision_BGE[:, :1])
+        decision_BGE = torch.cat([first_B1E, decision_BGE[:, 1:]], 1)
+    run_BS = torch.arange(B, device=local_BS.device).unsqueeze(1) * slots + local_BS
+    return Pooled(at(decision_BGE, local_BS), segment_BS == 0, run_BS, following)
 
 
 class Router(nn.Module):
@@ -200,6 +221,8 @@ class Router(nn.Module):
             if expert is not None:
                 places = self.num_experts if FACTS[self.rule.kind].every else self.rule.top_k
                 routing = forced(logits_BSE.flatten(0, 1), places, expert)
+                rows_BS = torch.arange(len(logits_BSE), device=logits_BSE.device).unsqueeze(1)
+                routing = routing._replace(run=rows_BS.expand(logits_BSE.shape[:2]).flatten())
             else:
                 routing = self._route(logits_BSE, trace)
         return trace.record(self.name, routing)
@@ -233,13 +256,16 @@ class Router(nn.Module):
         if rule.per == "token":
             return self._decide(logits_BSE, seen, trace)
         earlier = (trace.earlier or {}).get(self.name)
-        logits_BSE, first_BS, trace.kept[self.name] = pooled(logits_BSE, seen.valid(logits_BSE), rule, earlier)
-        routing = self._decide(logits_BSE, seen, trace)
-        first_T1 = first_BS.reshape(-1, 1)
+        shared = pooled(logits_BSE, seen.valid(logits_BSE), rule, earlier)
+        trace.kept[self.name] = shared.kept
+        routing = self._decide(shared.logits, seen, trace)._replace(run=shared.run.flatten())
+        first_T1 = shared.first.reshape(-1, 1)
         if rule.first == "seed":  # "uniform" needs nothing: a soft router without logits
             start = forced(routing.logits, routing.gates.shape[1], rule.seed)
             gates = torch.where(first_T1, start.gates, routing.gates)
             routing = routing._replace(gates=gates, experts=torch.where(first_T1, start.experts, routing.experts))
+        elif rule.first == "base":
+            routing = routing._replace(gates=routing.gates.masked_fill(first_T1, 0))
         return routing._replace(decided=~first_T1.squeeze(1))
 
     def _decide(self, logits_BSE: Tensor, seen: Seen, trace: RoutingTrace) -> Routing:

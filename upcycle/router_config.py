@@ -88,12 +88,13 @@ class PoolConfig:
 
     per: "token"; "segment", every `tokens` tokens, from the mean of the segment before (Lory, arXiv:2405.03133);
     "prefix", the whole sequence from the mean of its first `tokens`. first: who takes the first segment (or the prefix),
-    before which there is nothing to decide from.
+    before which there is nothing to decide from: the seed's expert; all alike; the base that is no routed expert
+    (CombineConfig); or whom the segment's own mean says, without a gradient, which leaks later tokens (perplexity skips it).
     """
 
     per: Literal["token", "segment", "prefix"] = "token"
     tokens: int = Field(default=256, gt=0)
-    first: Literal["seed", "uniform"] = "seed"
+    first: Literal["seed", "uniform", "base", "own_mean"] = "seed"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -20,6 +20,12 @@ from .kinds import FACTS
 
 CERTAIN = 1e4  # a logit this far above the others has a softmax of exactly 1, and no NaN in its entropy
 TIE = 1e-6  # probabilities closer than that rank as equals: rounding, which differs with the batch, does not rank them
+FIRST = (
+    "seed",
+    "uniform",
+    "base",
+    "own_mean",
+)  # who takes the first segment: RouterConfig's PoolConfig says what each means
 DEAD_SHARE = 0.1  # an expert is called dead below this share of the uniform load
 HASH_PRIME = 2654435761  # Knuth's multiplicative hash, modulo 2^32
 
@@ -27,13 +33,15 @@ HASH_PRIME = 2654435761  # Knuth's multiplicative hash, modulo 2^32
 class Routing(NamedTuple):
     """One router's decision for T tokens: `logits` (T, E) in fp32, `gates` (T, K) in fp32, `experts` (T, K) int64.
 
-    A place with gate 0 holds nothing. decided (T,) bool: where the logits decided; None is everywhere.
+    A place with gate 0 holds nothing. decided (T,) bool: where the logits decided; None is everywhere. run (T,) int64, where
+    tokens share decisions: those with one number, which follow one another, have one.
     """
 
     logits: Tensor
     gates: Tensor
     experts: Tensor
     decided: Tensor | None = None
+    run: Tensor | None = None
 
 
 class Rule(NamedTuple):
@@ -268,10 +276,10 @@ def impossible(rule: Rule) -> str:
     kind = FACTS[rule.kind]
     if rule.kind == "expert_choice" and rule.gate_scale in ("straight_through", "compensate"):
         return f"gate_scale={rule.gate_scale!r} is not defined where a token has any number of experts; expected none or sum_to_one"
-    if rule.per not in ("token", "segment", "prefix") or rule.first not in ("seed", "uniform") or rule.tokens < 1:
+    if rule.per not in ("token", "segment", "prefix") or rule.first not in FIRST or rule.tokens < 1:
         return (
             f"per={rule.per!r}, tokens={rule.tokens}, first={rule.first!r}; expected token, segment or prefix, at least 1, and "
-            "seed or uniform"
+            f"one of {', '.join(FIRST)}"
         )
     if rule.per != "token" and not (kind.selects or rule.kind == "soft"):
         return f"per={rule.per!r} needs a top-k or soft router, got {rule.kind}, which decides token by token"

@@ -23,7 +23,8 @@ def expert_masks(config: Any, shapes: dict[str, torch.Size], chosen: Sequence[in
     """
     masks = {}
     for piece in plan_pieces(config, dense_names(config)):
-        shared = piece.origin == "merged" or (piece.origin == "copied" and piece.expert is None)
+        whole = piece.origin in ("merged", "mean") or piece.sublayer == "base"
+        shared = whole or (piece.origin == "copied" and piece.expert is None)
         if piece.target not in shapes or shared:
             continue
         shape = shapes[piece.target]

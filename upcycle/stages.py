@@ -193,10 +193,7 @@ def merge_models(
     from upcycle.dense_merge import write_merged
 
     made = write_merged(seed, branches, out, config, statistics=_by_model(curvature), advance=run.advance)
-    for method, count in made["averaged"].items():
-        run.say(
-            f"{method}: {count} tensors have no such curvature (no linears' weights, or too large) and are averaged"
-        )
+    _say_exceptions(made, run)
 
 
 def _say_exceptions(made: dict[str, Any], run: Run) -> None:
@@ -235,11 +232,14 @@ def assemble_moe(
         from upcycle.proof import prove
 
         proof = prove(out, {"seed": seed} | branches, run.advance)
-        worst = max(proof["one_hot_errors"].values())
-        run.say(
-            f"proved: {proof['expert_tensors_hashed']} expert tensors are their branch's; each expert alone equals its "
-            f"dense model within {worst:.1e}; gates sum to {proof['mean_gate_sum']:.3f} on average"
-        )
+        said = [f"proved: {proof['expert_tensors_hashed']} expert tensors are their branch's"]
+        if errors := proof["one_hot_errors"].values():
+            said.append(f"each expert alone equals its dense model within {max(errors):.1e}")
+        if "base_error" in proof:
+            said.append(f"so does the base, within {proof['base_error']:.1e}")
+        if "mean_gate_sum" in proof:
+            said.append(f"gates sum to {proof['mean_gate_sum']:.3f} on average")
+        run.say("; ".join(said))
 
 
 @versioned(1)
