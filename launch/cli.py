@@ -25,6 +25,7 @@ upcycle add DIR BRANCH OUT --name=NAME
                                a mixture with a branch as one more expert; --router-row=mean, zeros, normal or an expert's name
 upcycle remove DIR NAME OUT    a mixture without one of its experts
 upcycle dense DIR OUT          a mixture as a dense model again: --expert=NAME, or --merge=average of all (the default)
+upcycle fold DIR OUT           a CAMEx mixture with its curvature folded into its experts: plain soft merging
 upcycle route DIR TEXT|FILE OUT.html
                                a page of the text and what the mixture says next, each token by its expert; --new-tokens=N
 upcycle replicates RUN RUN ... spread and claims over runs that differ in rng_seed; --readme, --json=FILE
@@ -166,7 +167,7 @@ def route(arguments: list[str]) -> int:
 
 WORDS = {
     "explain": explain, "doctor": doctor, "export": export, "status": status, "report": report, "replicates": replicates,
-    "add": _edit("add"), "remove": _edit("remove"), "dense": _edit("dense"),
+    "add": _edit("add"), "remove": _edit("remove"), "dense": _edit("dense"), "fold": _edit("fold"),
     "route": route,
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The words that edit a mixture: `upcycle add`, `upcycle remove`, `upcycle dense`; 2 for what the user can mend."""
+"""The words that edit a mixture: `upcycle add`, `upcycle remove`, `upcycle dense`, `upcycle fold`; 2 for what the user can mend."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 ADD = "DIR BRANCH OUT --name=NAME [--router-row=mean|zeros|normal|EXPERT] [--no-proof]"
 REMOVE = "DIR NAME OUT [--no-proof]"
+FOLD = "DIR OUT [--no-proof]"
 DENSE = "DIR OUT [--expert=NAME | --merge=average] [--no-proof]"
 
 
@@ -55,6 +56,19 @@ def dense(arguments: list[str]) -> int:
         return f"dense, {options.get('merge', 'average')} of {', '.join(found.experts)}"
 
     return _done(edit, said, "logits equal the mixture's, forced to that expert,")
+
+
+def fold(arguments: list[str]) -> int:
+    paths, options = parsed(arguments)
+    if len(paths) != 2 or not options.keys() <= {"no-proof"}:
+        return usage("fold", arguments, FOLD)
+
+    def edit() -> Any:
+        import upcycle.folding
+
+        return upcycle.folding.fold(*paths, prove="no-proof" not in options)
+
+    return _done(edit, lambda found: f"soft merging of {', '.join(found.experts)}", "logits equal the mixture's")
 
 
 def parsed(arguments: list[str]) -> tuple[list[str], dict[str, str]]:

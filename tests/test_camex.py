@@ -10,9 +10,11 @@ import tiny
 import torch
 from torch import nn
 
-from upcycle import soft_merging
-from upcycle.camex import apply_map, elected, factor_pair, start
+from upcycle import folding, soft_merging
+from upcycle.camex import apply_map, elected, start
 from upcycle.configuration import UpcycledConfig
+from upcycle.folding import fold
+from upcycle.kronecker import factor_pair
 from upcycle.modeling import UpcycledForCausalLM
 from upcycle.router import RoutingTrace
 from upcycle.soft_merging import Runs, merged_linear
@@ -358,3 +360,34 @@ def test_weights_that_are_never_trained_are_buffers_and_a_curvature_does_not_dec
     curved = [name for name in names if "curvature_" in name]
     assert curved and all(group_of(name) == "curvature" and not decays(name, names[name]) for name in curved)
     assert isinstance(model, nn.Module)
+
+
+# -------------------------------------------------------------------------------------------------------------- folding
+
+
+@pytest.mark.parametrize("name", [name for name in FORMS if name not in ("soft_merging", "domain", "previous")])
+def test_a_folded_mixture_is_plain_soft_merging_with_equal_logits(name, tmp_path):
+    model = mixture_of(FORMS[name], dtype=torch.float32)
+    model.save_pretrained(tmp_path / "bent")
+    found = fold(tmp_path / "bent", tmp_path / "folded")
+    assert found.difference is not None and found.difference < 1e-5
+    folded = UpcycledForCausalLM.from_pretrained(tmp_path / "folded").eval()
+    assert {type(layer.experts) for layer in layers_of(folded)} == {soft_merging.SoftMergedExperts}
+    assert not any("curvature" in name for name in folded.state_dict())
+    ids = tiny.tokens(2, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(folded(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="no curvature, nothing to fold"):
+        fold(tmp_path / "folded", tmp_path / "twice")
+
+
+def test_what_cannot_be_folded_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
+    mixture_of(FORMS["previous"], dtype=torch.float32).save_pretrained(tmp_path / "chained")
+    with pytest.raises(ValueError, match="no fixed experts are equal to it"):
+        fold(tmp_path / "chained", tmp_path / "out")
+    mixture_of(FORMS["ca"], dtype=torch.float32).save_pretrained(tmp_path / "bent")
+    wrong = folding._folded_tensors
+    monkeypatch.setattr(folding, "_folded_tensors", lambda model: {n: 1.1 * t for n, t in wrong(model).items()})
+    with pytest.raises(ValueError, match="folded mixture's logits differ by"):
+        fold(tmp_path / "bent", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

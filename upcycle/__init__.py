@@ -18,6 +18,7 @@ _HOMES = {
     "add_expert": "upcycle.editing",
     "assemble": "upcycle.api",
     "export": "upcycle.exporting",
+    "fold": "upcycle.folding",
     "merge_models": "upcycle.merge_api",
     "preset": "upcycle.api",
     "remove_expert": "upcycle.editing",

@@ -39,6 +39,7 @@ REMOTE_CODE = (
     "families.py",
     "kernels.py",
     "kinds.py",
+    "kronecker.py",
     "losses.py",
     "plans.py",
     "router.py",

@@ -18,32 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .kronecker import FACTORS, map_shapes
 from .routing import Routing
 from .soft_merging import Runs, SoftMergedExperts, Weights, merged
-
-LARGEST_FACTOR = 512
-FACTORS = ("out1", "out2", "in1", "in2")
-
-
-def factor_pair(size: int) -> tuple[int, int]:
-    """(a, b), a · b = size, nearest the square root, a ≤ b: 768 is 24 · 32. Raises ValueError: b is above LARGEST_FACTOR."""
-    small = next(one for one in range(int(size**0.5), 0, -1) if size % one == 0)
-    if size // small > LARGEST_FACTOR:
-        raise ValueError(
-            f"curvature: a dimension of {size} splits into {small} × {size // small} at best, expected factors of at most {LARGEST_FACTOR}; "
-            "use curvature=none, or a model whose sizes have nearer divisors"
-        )
-    return small, size // small
-
-
-def map_shapes(
-    kind: str, rank: int, experts: int, matrices: int, rows: int, columns: int
-) -> dict[str, tuple[int, ...]]:
-    """Shapes of the parameters of M for (E, P·rows, columns), by name. kind: "kronecker", or "linear", the control."""
-    if kind == "linear":
-        return {"linear": (experts, matrices, columns, columns)}
-    sizes = (*factor_pair(rows), *factor_pair(columns))
-    return {name: (experts, matrices, rank, size, size) for name, size in zip(FACTORS, sizes, strict=True)}
 
 
 def parts_of_name(name: str) -> tuple[str, str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from upcycle.config import STRICT
+from upcycle.kinds import BENDING
 
 BASES = ("none", "zeros", "mean")  # or a model's name
 
@@ -106,6 +108,42 @@ class CombineConfig:
             raise ValueError(
                 f"combine.base={self.base} is also among placement.experts={list(placement.experts)}; nobody routes to a base: take it out"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combined:
+    """What merging experts in weight space costs. bases: layers that hold a base; maps: that hold a curvature of this kind and rank. segment:
+    tokens of a decision, 0 for two decisions a sequence. merges_first: the first segment's experts are merged too.
+    """
+
+    bases: int
+    maps: int
+    curvature: str
+    rank: int
+    update: str
+    segment: int
+    merges_first: bool
+
+    @classmethod
+    def of(cls, combine: Mapping[str, Any], pool: Mapping[str, Any], mixtures: int) -> Combined | None:
+        """combine, pool: the settings' fields, as kinds.COMBINE and PoolConfig name them. None: outputs are combined."""
+        if combine["of"] == "outputs":
+            return None
+        own = combine["update"] in ("none", "per_layer")
+        return cls(
+            bases=0 if combine["base"] in ("none", "zeros") else mixtures if own else 1,
+            maps=mixtures if combine["share"] == "layer" else 1,
+            curvature=combine["curvature"],
+            rank=combine["rank"],
+            update=combine["update"],
+            segment=pool["tokens"] if pool["per"] == "segment" else 0,
+            merges_first=pool["first"] != "base",
+        )
+
+    def decisions(self, sequence_length: int) -> int:
+        """Of a sequence, in one layer: how often experts are merged."""
+        count = -(-sequence_length // self.segment) if self.segment else 2
+        return count - (not self.merges_first)
 
 
 def _default(field: Any) -> Any:

@@ -6,10 +6,12 @@ Shapes: V vocabulary, D hidden, d head size, E experts.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
+from upcycle.combine_config import Combined
 from upcycle.experts import Matched, Placed, place, routed_layers
-from upcycle.kinds import FACTS
+from upcycle.kinds import COMBINE, FACTS
+from upcycle.kronecker import map_flops, map_parameters, map_shapes
 from upcycle.mixture_config import AssembleConfig
 
 FINEST = 16  # granularity up to which a match is looked for
@@ -80,7 +82,7 @@ class Shape:
     `queries`, all that every attention expert has, and `keys_values`, which experts may share; `norms`. Of the model:
     `positions`, learned ones; `outside`, all but those, layers, embedding and head.
     Of a mixture: in `mixtures` layers `experts` shards of mlp/split, of which a token takes top_k, but all in `soft_layers`
-    of them; `shared`, a whole feed-forward beside them. router_rows: of all routers together.
+    of them; `shared`, a whole feed-forward beside them. router_rows: of all routers together. combine: where weights are merged.
     """
 
     vocab: int
@@ -107,6 +109,8 @@ class Shape:
     shared_kv: bool = False
     router_rows: int = 0
     soft_layers: int = 0
+    gated: bool = True
+    combine: Combined | None = None
 
     @classmethod
     def of_config(cls, config: Mapping) -> Shape:
@@ -147,6 +151,7 @@ class Shape:
             outside=norm + details.head_bias * found["vocab_size"],
             positions=hidden * found.get("n_positions", 0),
             tied=bool(found.get("tie_word_embeddings", False)),
+            gated=details.gated,
         )
 
     def assembled(self, choice: AssembleConfig, branches: Sequence[str]) -> Shape:
@@ -167,7 +172,21 @@ class Shape:
             shared_kv=choice.attention == "mixture" and choice.kv == "shared",
             router_rows=_router_rows(kinds, choice.tie, mixtures),
             soft_layers=int(choice.router.kind == "sample_top1"),
-        )
+            combine=Combined.of(asdict(choice.combine), asdict(choice.router.pool), mixtures),
+        )._checked()
+
+    def _checked(self) -> Shape:
+        """Raises ValueError: a curvature that the sizes do not allow."""
+        self._maps()
+        return self
+
+    def _maps(self) -> list[tuple[dict[str, tuple[int, ...]], int, int]]:
+        """(shapes of a layer's curvature, rows, columns) of the matrices up (with the gate) and down."""
+        if self.combine is None:
+            return []
+        kind, rank = self.combine.curvature, self.combine.rank
+        sides = ((2 if self.gated else 1, self.width, self.hidden), (1, self.hidden, self.width))
+        return [(map_shapes(kind, rank, self.experts, *side), *side[1:]) for side in sides]
 
     @property
     def _shard(self) -> int:
@@ -187,18 +206,43 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        return self._with(self.experts)
+        beside = 0
+        if self.combine is not None:
+            beside = self.combine.bases * self.mlp + self.combine.maps * sum(
+                map_parameters(one) for one, *_ in self._maps()
+            )
+        return self._with(self.experts) + beside
 
     @property
     def active_parameters(self) -> int:
-        """Parameters that take part in one token: K of the E feed-forward experts, all attention experts."""
+        """Parameters that take part in one token: K of the E feed-forward experts, all attention experts. Where weights are merged, those
+        that a token is multiplied with: one merged feed-forward."""
+        if self.combine is not None:
+            return self._with(1)
         return self._with(self.top_k) + self.soft_layers * (self.experts - self.top_k) * self._shard
 
     def forward_flops_per_token(self, sequence_length: int) -> int:
         """2 FLOPs per weight of every matrix product, plus causal attention's 2·S·H·d (half of all S² pairs)."""
         lookups = self.vocab * self.hidden * (0 if self.tied else 1) + self.positions  # weights that nothing multiplies
         attention = 2 * sequence_length * self.heads * self.head_size * self._in_all_layers(self.attention_experts)
-        return 2 * (self.active_parameters - lookups) + attention
+        return 2 * (self.active_parameters - lookups) + attention + self._merging_flops(sequence_length)
+
+    def _merging_flops(self, sequence_length: int) -> int:
+        """Of merging, per token: one pass over all experts' weights for each decision."""
+        if self.combine is None:
+            return 0
+        each = 2 * self.experts * self.mlp * self.mixtures
+        if self.combine.update == "previous_merged":  # a base of each decision, and so the curvature on it
+            each += (self.mixtures - 1) * sum(map_flops(*one) for one in self._maps())
+        return each * self.combine.decisions(sequence_length) // sequence_length
+
+    @property
+    def fixed_flops(self) -> int:
+        """Of a forward, however many tokens it has: the curvature applied to all experts."""
+        if self.combine is None:
+            return 0
+        layers = {"previous_merged": 1, "per_layer": 2 * self.mixtures}.get(self.combine.update, self.mixtures)
+        return layers * sum(map_flops(*one) for one in self._maps())
 
     def train_flops_per_token(self, sequence_length: int) -> int:
         """Forward and backward: three times the forward."""
@@ -232,6 +276,7 @@ def _saved_mixture(dense: Shape, config: Mapping) -> Shape:
         shared_kv=soft and config["kv"] == "shared",
         router_rows=_router_rows(kinds, config["tie"], mixtures),
         soft_layers=int(config["router"] == "sample_top1"),  # UpcycledConfig.rule
+        combine=Combined.of(config.get("combine") or COMBINE, config["router_options"], mixtures),
     )
 
 

@@ -137,12 +137,15 @@ def open_mixture(directory: str | Path, out: str | Path) -> tuple[Checkpoint, An
             "assembled or trained can be edited"
         )
     config: Any = UpcycledConfig.from_pretrained(directory)
-    for field_name, parameter in inspect.signature(UpcycledConfig.__init__).parameters.items():
-        value = getattr(config, field_name, parameter.default)
-        if field_name not in {*KNOWN, "self", "kwargs"} and value != parameter.default:
+    plain = UpcycledConfig()
+    for field_name in inspect.signature(UpcycledConfig.__init__).parameters:
+        if field_name in {*KNOWN, "self", "kwargs"}:
+            continue
+        value, expected = getattr(config, field_name), getattr(plain, field_name)
+        if value != expected:
             raise ValueError(
                 f"{directory}: {field_name}={value!r}, and editing knows no mixture with that, expected "
-                f"{parameter.default!r}; assemble the mixture anew with the experts that it is to have"
+                f"{expected!r}; assemble the mixture anew with the experts that it is to have"
             )
     mixture.check()
     check_tensors(mixture, config)

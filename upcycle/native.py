@@ -130,6 +130,8 @@ def _own_routing(config: UpcycledConfig, title: str) -> list[str]:
     options, found = config.router_options, []
     if config.router not in ("topk_softmax", "softmax_topk", "soft"):
         found.append(f"its router is {config.router}, and {title} takes the top K of a softmax")
+    if config.merges_weights:
+        found.append(f"its experts are merged in weight space, and {title} adds up their outputs")
     if options["per"] != "token":
         found.append(f"its router decides per {options['per']}, and {title}'s for every token")
     if options["bias_rate"]:

@@ -146,7 +146,7 @@ def _mlp_pieces(config: UpcycledConfig, placed: Placed, layer: int, names: set[s
                 to, "stacked", sources, _stack_rows, unstack, _linear(family), sublayer="ffn", carve=carve, axis=axis
             )
             if config.has_base(layer):
-                yield _base_piece(config, f"{target}.experts.base_{name}{suffix}", sources, unstack)
+                yield _base_piece(config, f"{target}.experts.base_{name}{suffix}", sources)
             for one in sources if config.shared_expert != "none" else ():
                 own = f"{target}.shared_expert.{one.removeprefix(source + '.')}"
                 if config.shared_expert == "seed":
@@ -155,22 +155,16 @@ def _mlp_pieces(config: UpcycledConfig, placed: Placed, layer: int, names: set[s
                     yield Piece(own, "merged", (one,))
 
 
-def _base_piece(
-    config: UpcycledConfig, target: str, sources: tuple[str, ...], unstack: Callable[[Tensor, int], list[Tensor]]
-) -> Piece:
+def _base_piece(config: UpcycledConfig, target: str, sources: tuple[str, ...]) -> Piece:
     """The base expert: one model's whole feed-forward, or the mean of the experts'."""
     cut = _linear(family_of(config.seed))
     if config.combine["base"] == "mean":
         return Piece(target, "mean", sources, _mean_rows, cut=cut, sublayer="ffn")
-    return Piece(
-        target,
-        "stacked",
-        sources,
-        lambda base: torch.cat(base[0]),
-        lambda base, _: unstack(base[None], 0),
-        cut,
-        sublayer="base",
-    )
+
+    def unstack(rows: Tensor, _expert: int) -> list[Tensor]:
+        return list(rows.chunk(len(sources)))
+
+    return Piece(target, "stacked", sources, lambda base: torch.cat(base[0]), unstack, cut, sublayer="base")
 
 
 def _mean_rows(experts: list[list[Tensor]]) -> Tensor:
