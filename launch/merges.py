@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from upcycle.config import CurvatureConfig, SamplesConfig, nearest
 from upcycle.merge_config import MergeConfig
-from upcycle.stages import compare_curvature, compare_task_arithmetic, measure_curvature
+from upcycle.mixture_config import AssembleConfig
+from upcycle.stages import compare_curvature, compare_task_arithmetic, learn_camex, measure_curvature
 from upcycle.store import Artifact, Store
 
 if TYPE_CHECKING:
@@ -27,9 +28,37 @@ class Curvature:
     def __init__(self, cfg: Config, store: Store, models: Mapping[str, Artifact], data: Mapping[str, Artifact]):
         self.cfg, self.store, self.models, self.data = cfg, store, models, data
 
-    def read_by(self, merge: MergeConfig, members: Iterable[str]) -> dict[str, dict[str, Artifact]]:
-        """{kind of statistic: its artifact of each model} that the merge of these members reads."""
-        return {kind: {name: self._of(kind, name) for name in read} for kind, read in reads(merge, members).items()}
+    def read_by(
+        self, merge: MergeConfig, members: Iterable[str], owner: str, choice: AssembleConfig | None = None
+    ) -> dict[str, dict[str, Artifact]]:
+        """{kind of statistic: its artifact of each model} that the merge of these members reads. owner: the merge or mixture; choice:
+        of a mixture."""
+        found = {}
+        for kind, read in reads(merge, members).items():
+            if kind == "camex":
+                found[kind] = dict.fromkeys(read, self._learned(merge, read, owner, choice))
+            else:
+                found[kind] = {name: self._of(kind, name) for name in read}
+        return found
+
+    def _learned(self, merge: MergeConfig, members: list[str], owner: str, choice: AssembleConfig | None) -> Artifact:
+        """What a CAMEx merge learns of its models together."""
+        from upcycle.merge import learned_options
+
+        texts = {name: texts_of(self.cfg, name) for name in members}
+        config = {
+            "options": learned_options(merge),
+            "weights": {name: merge.weights.get(name, 1.0) for name in members},
+            "texts": texts,
+            "sequence_length": self.cfg.curvature.sequence_length,
+            "rng_seed": self.cfg.curvature.rng_seed,
+            "assemble": choice,
+        }
+        data = {domain: self.data[domain] for shares in texts.values() for domain in shares}
+        branches = {name: model for name, model in self.models.items() if name != "seed"}
+        return self.store.stage(
+            f"curvature/camex/{owner}", learn_camex, config, seed=self.models["seed"], branches=branches, data=data
+        )
 
     def compared(self) -> None:
         """Declares the stages `curvature/compared/MODEL`."""
@@ -73,10 +102,14 @@ def reads(merge: MergeConfig, members: Iterable[str]) -> dict[str, list[str]]:
     return readers(merge, members)
 
 
-def curvature_stages(merge: MergeConfig, members: Iterable[str]) -> list[list[str]]:
-    """The names of the stages that measure what the merge reads, all side by side; none is no list."""
-    names = [f"curvature/{kind}/{name}" for kind, read in reads(merge, members).items() for name in read]
-    return [names] if names else []
+def curvature_stages(merge: MergeConfig, members: Iterable[str], owner: str) -> list[list[str]]:
+    """The names of the stages that measure what the merge reads, all side by side; none is no list. owner: as in `Curvature.read_by`."""
+    names = [
+        f"curvature/{kind}/{owner if kind == 'camex' else name}"
+        for kind, read in reads(merge, members).items()
+        for name in read
+    ]
+    return [list(dict.fromkeys(names))] if names else []
 
 
 def texts_of(cfg: Config, name: str) -> dict[str, float]:

@@ -80,7 +80,7 @@ def upcycle(cfg: Config, store: Store) -> Experiment:
         curvature.compared()
     merges = _merged(cfg, store, seed, branches, data, curvature)
     for name, stage in merges.items():
-        before = curvature_stages(cfg.merges[name], ["seed", *branches]) if name in cfg.merges else []
+        before = curvature_stages(cfg.merges[name], ["seed", *branches], name) if name in cfg.merges else []
         models[name], kinds[name] = stage, "merge" if name in cfg.merges else "soup"
         lineages[name] = _followed(_together(cfg, lineages), *before, [stage.name])
 
@@ -129,7 +129,7 @@ def _merged(
             "greedy_soup", greedy_soup, chosen, seed=seed, branches=branches, data=trained
         )
     for name, merge in cfg.merges.items():
-        read = curvature.read_by(merge, ["seed", *branches])
+        read = curvature.read_by(merge, ["seed", *branches], name)
         found[name] = store.stage(f"merge/{name}", merge_models, merge, seed=seed, branches=branches, **read)
     return found
 
@@ -151,7 +151,8 @@ def _assembled(
         return store.stage(f"assemble/{name}", draw_moe, drawn, seed=seed)
     domains = domains_needed(choice, sources_of(choice, branches), cfg.trained_domains)
     texts = {"data": {domain: data[domain] for domain in domains}} if domains else {}
-    found = curvature.read_by(choice.merge, placed(seed_shape(cfg.seed), choice, list(branches)).models)
+    members = placed(seed_shape(cfg.seed), choice, list(branches)).models
+    found = curvature.read_by(choice.merge, members, name, choice)
     return store.stage(f"assemble/{name}", assemble_moe, choice, seed=seed, branches=branches, **texts, **found)
 
 
@@ -286,7 +287,7 @@ def _before_training(cfg: Config, name: str, lineages: Mapping[str, Lineage]) ->
     if cfg.mixtures[name].scratch:
         return Lineage(seed.assembled(choice, list(cfg.branches)), stages=[[f"assemble/{name}"]])
     models = placed(seed, choice, list(cfg.branches)).models
-    measured = curvature_stages(choice.merge, models)
+    measured = curvature_stages(choice.merge, models, name)
     start = together(lineages["seed"], {one: lineages[one] for one in cfg.branches if one in models})
     shape = seed.assembled(choice, list(cfg.branches))
     return _followed(replace(start, shape=shape), *measured, [f"assemble/{name}"])

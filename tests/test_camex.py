@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from upcycle import folding, soft_merging
-from upcycle.camex import apply_map, elected, start
+from upcycle.camex import elected
 from upcycle.configuration import UpcycledConfig
 from upcycle.folding import fold
 from upcycle.kronecker import factor_pair
+from upcycle.kronecker_map import apply_map, start
 from upcycle.modeling import UpcycledForCausalLM
 from upcycle.router import RoutingTrace
 from upcycle.soft_merging import Runs, merged_linear

@@ -12,6 +12,7 @@ from peft.utils import merge_utils
 from torch import Tensor
 
 from upcycle.curvature_merging import mats_solved
+from upcycle.kronecker import FACTORS, factor_pair
 from upcycle.merge import METHODS, check_options, needed_statistics
 from upcycle.merge_report import task_arithmetic_error, task_vectors, ties_entries
 from upcycle.merging import Member, Merging
@@ -40,7 +41,11 @@ def members_of(shape=(OUT, IN), names=NAMES, weights=None, rng_seed=0, dtype=tor
                 "gram": positive(shape[1], g),
                 "kfac_in": positive(shape[1], g),
                 "kfac_out": positive(shape[0], g),
+                "camex_score": torch.rand((), generator=g),
             }
+            sizes = (*factor_pair(shape[0]), *factor_pair(shape[1]))
+            for factor, size in zip(FACTORS, sizes, strict=True):
+                statistics[f"camex_{factor}"] = torch.randn(2, size, size, generator=g)
         found[name] = Member(tensor, (weights or dict.fromkeys(names, 1.0))[name], statistics)
     return found
 
@@ -92,9 +97,29 @@ def twin(name: str, merging: Merging, options: dict) -> list[float]:
         grams = [rows(m.statistics["gram"]) for _, m in present]
         found = reference.regmean(turned, grams, chosen["off_diagonal"], chosen["ridge"])
         return [found[i][o] for o in range(OUT) for i in range(IN)]
+    if name == "camex":
+        return camex_twin(merging, chosen)
     curvatures = [curvature_of(m, chosen, norm) for (_, m), norm in zip(present, norms, strict=True)]
     found = reference.general_merge(curvatures, [reference.entries_of(m.tensor.T) for _, m in present])
     return torch.tensor(found).view(IN, OUT).T.flatten().tolist()
+
+
+def camex_twin(merging: Merging, chosen: dict) -> list[float]:
+    """θ_m + α Σ M (s τ): learned maps written out; others as what their own merge is moved from the base."""
+    by_name = {"seed": merging.seed.tensor.double(), "zeros": torch.zeros(OUT, IN, dtype=torch.float64)}
+    by_name |= {who: m.tensor.double() for who, m in merging.members.items()}
+    by_name["mean"] = torch.tensor(twin("average", merging, {}), dtype=torch.float64).view(OUT, IN)
+    base = by_name[chosen["base"]]
+    if chosen["curvature"] != "learned":
+        same = {"identity": "average", "fisher": "fisher", "kfac": "mats"}[chosen["curvature"]]
+        merged = torch.tensor(twin(same, merging, {}), dtype=torch.float64).view(OUT, IN)
+        return (base + chosen["alpha"] * (merged - base)).flatten().tolist()
+    members = [m for _, m in merging.present]
+    factors = [[m.statistics[f"camex_{one}"].double() for one in FACTORS] for m in members]
+    maps = [reference.kronecker_map(list(zip(*own, strict=True))) for own in factors]
+    thetas, scores = [m.tensor.double() for m in members], [m.statistics["camex_score"].double() for m in members]
+    differences = reference.camex_differences(thetas, base, maps, chosen["alpha"], election=False)
+    return reference.camex_merged(base, differences, scores).flatten().tolist()
 
 
 def curvature_of(member: Member, chosen: dict, norm: float) -> list[list[float]]:
@@ -124,6 +149,9 @@ CASES = [
     ("gradient_matching", {}), ("gradient_matching", {"curvature": "hessian", "alpha": 0.5, "damping": 0.2}),
     ("mats", {"curvature": "identity"}), ("mats", {"curvature": "fisher"}), ("mats", {"curvature": "gram"}),
     ("mats", {}), ("mats", {"off_diagonal": 0.5}),
+    ("camex", {}), ("camex", {"base": "mean", "alpha": 0.7}), ("camex", {"base": "zeros"}), ("camex", {"base": "code"}),
+    ("camex", {"curvature": "identity", "alpha": 0.5}), ("camex", {"curvature": "fisher"}),
+    ("camex", {"curvature": "fisher", "alpha": 0.9, "base": "mean"}), ("camex", {"curvature": "kfac", "alpha": 0.9}),
 ]  # fmt: skip
 
 
@@ -131,7 +159,7 @@ CASES = [
 @pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["equal", "weighed"])
 def test_every_method_equals_a_loop_over_entries(name, options, weights):
     merging = merging_of(weights=weights)
-    closely = {"tolerance": 1e-9} if name == "mats" else {}
+    closely = {"tolerance": 1e-9} if name == "mats" or options.get("curvature") == "kfac" else {}
     found = METHODS[name](merging, **options, **closely)
     assert found.dtype == torch.float32 and found.shape == (OUT, IN)
     expected = torch.tensor(twin(name, merging, options), dtype=torch.float64).view(OUT, IN)
@@ -156,7 +184,12 @@ def test_a_model_of_weight_0_is_not_there(name, options):
     assert torch.equal(METHODS[name](merging, **options), METHODS[name](without, **options))
 
 
-@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+FROM_A_MODEL = [
+    (name, options) for name, options in CASES if options != {"base": "zeros"}
+]  # there M acts on θ, not on τ
+
+
+@pytest.mark.parametrize(("name", "options"), FROM_A_MODEL, ids=str)
 def test_branches_that_are_the_seed_are_the_seed(name, options):
     merging = merging_of()
     seed = merging.seed.tensor

@@ -40,7 +40,8 @@ from upcycle.store import Run
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("seed", "code", "law")
 KINDS = ("fisher", "gram", "kfac", "hessian")
-WAYS = [(name, {}) for name in METHODS] + [
+WAYS = [(name, {}) for name in METHODS if name != "camex"] + [
+    ("camex", {"curvature": "fisher", "alpha": 0.9}), ("camex", {"curvature": "kfac"}), ("camex", {"curvature": "identity"}),
     ("mats", {"curvature": "fisher"}), ("gradient_matching", {"curvature": "hessian", "damping": 1e4}),
 ]  # fmt: skip
 

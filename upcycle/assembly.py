@@ -13,7 +13,6 @@ from transformers import AutoConfig
 
 from upcycle.adoption import with_family
 from upcycle.batches import run_key
-from upcycle.camex import start
 from upcycle.checkpoint import Checkpoint, CheckpointWriter, Stored, finite, tensor_sha256
 from upcycle.configuration import UpcycledConfig
 from upcycle.cost import Shape, placed
@@ -21,6 +20,7 @@ from upcycle.directories import copy_companions
 from upcycle.durable import write_json
 from upcycle.experts import Placed
 from upcycle.families import family_of, is_listed
+from upcycle.kronecker_map import start
 from upcycle.merger import Merger, Statistics
 from upcycle.mixture_config import AssembleConfig
 from upcycle.pieces import Piece, dense_config, plan_pieces
@@ -40,6 +40,7 @@ REMOTE_CODE = (
     "kernels.py",
     "kinds.py",
     "kronecker.py",
+    "kronecker_map.py",
     "losses.py",
     "plans.py",
     "router.py",

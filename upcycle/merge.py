@@ -15,6 +15,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
+from upcycle.camex_merging import KEYS as CAMEX
+from upcycle.camex_merging import camex
 from upcycle.config import nearest
 from upcycle.curvature_merging import fisher, gradient_matching, mats, regmean
 from upcycle.merge_config import MergeConfig, RoleConfig
@@ -89,6 +91,22 @@ def _idle_in_mats(options: Options) -> tuple[str, ...]:
     return read.get(options["curvature"], of_fisher + of_matrix)
 
 
+def _of_camex(options: Options) -> tuple[str, ...]:
+    if options["curvature"] == "fisher":
+        return _of_fisher(options)
+    return {"learned": CAMEX, "kfac": ("kfac_in", "kfac_out")}.get(options["curvature"], ())
+
+
+def _idle_in_camex(options: Options) -> tuple[str, ...]:
+    own = {
+        "learned": ("rank", "steps", "lr", "batch_sequences", "decay"),
+        "fisher": ("floor", "normalise"),
+        "kfac": ("off_diagonal", "iterations", "tolerance"),
+    }
+    idle = [name for kind, names in own.items() if kind != options["curvature"] for name in names]
+    return (*idle, *(["base"] if options["alpha"] == 1 and options["curvature"] != "learned" else []))
+
+
 METHODS: dict[str, Method] = {
     "average": Method(average, "Σ w θ, Σ w = 1"),
     "weighted": Method(average, "Σ w θ, Σ w = 1"),  # the same: a name for where weights differ
@@ -105,6 +123,7 @@ METHODS: dict[str, Method] = {
         reads_seed=True,
         needs=lambda options: (options["curvature"],),
     ),
+    "camex": Method(camex, "θ_m + α Σ M (s τ), τ = θ − θ_m", needs_seed=True, needs=_of_camex, idle=_idle_in_camex),
     "mats": Method(mats, "(Σ C) θ = Σ C θᵢ by conjugate gradient", needs_seed=True, needs=_of_mats, idle=_idle_in_mats),
 }
 
@@ -145,6 +164,8 @@ def check_merge(config: MergeConfig, models: Iterable[str]) -> None:
             )
     if all(config.weights.get(name, 1.0) == 0 for name in models):
         raise ValueError(f"merge.weights are 0 for all models ({', '.join(models)}); leave one above 0")
+    if "camex" in statistics_of(config):
+        learned_options(config)
     if config.weights and all(way.method == KEPT for way in config.ways):
         raise ValueError("merge.weights have no effect where every tensor is the seed's own; leave them out")
 
@@ -158,6 +179,16 @@ def kinds_of(way: RoleConfig) -> set[str]:
     """The kinds of curvature that a method reads with its options."""
     keys = () if way.method == KEPT else needed_statistics(way.method, way.options)
     return {key.split("_")[0] for key in keys}
+
+
+def learned_options(config: MergeConfig) -> dict[str, Any]:
+    """All options of the camex merge whose curvature is learned. Raises ValueError: two roles would learn it differently."""
+    found = [check_options(way.method, way.options) for way in config.ways if "camex" in kinds_of(way)]
+    if any(one != found[0] for one in found):
+        raise ValueError(
+            "merge: two roles learn camex with different options, and one learning serves all tensors; give them the same options"
+        )
+    return found[0]
 
 
 def readers(config: MergeConfig, members: Iterable[str]) -> dict[str, list[str]]:

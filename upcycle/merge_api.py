@@ -21,12 +21,12 @@ from upcycle.config import CurvatureConfig, SamplesConfig
 from upcycle.dense_merge import write_merged
 from upcycle.directories import check_new, resolve
 from upcycle.durable import atomic_directory
-from upcycle.merge import check_merge, readers
+from upcycle.merge import check_merge, learned_options, readers
 from upcycle.merge_config import MergeConfig
 from upcycle.merging import SEED
 from upcycle.preflight import check_alike
 from upcycle.relatedness import check_related
-from upcycle.stages import measure_curvature
+from upcycle.stages import learn_camex, measure_curvature
 from upcycle.store import Run, ignore
 
 RESULT_DTYPES = (None, "float32", "bfloat16", "float16")
@@ -79,7 +79,7 @@ def merge_models(
     for note in [*check_alike(first, others), *check_related(first, others).warnings]:
         warnings.warn(note, stacklevel=2)
     with atomic_directory(Path(out)) as new, _progress() as advance, TemporaryDirectory(dir=new.parent) as folder:
-        statistics = _measured(read, {SEED: start} | paths, texts, measured, Path(folder), advance)
+        statistics = _measured(config, read, {SEED: start} | paths, texts, measured, Path(folder), advance)
         told = partial(advance, doing="tensors merged")
         write_merged(start, paths, new, config, True, statistics, dtype, max_shard_bytes, advance=told)
     return Path(out)
@@ -104,6 +104,7 @@ def _check_texts(
 
 
 def _measured(
+    config: MergeConfig,
     read: Mapping[str, Sequence[str]],
     models: Mapping[str, Path],
     texts: Mapping[str, Path],
@@ -114,13 +115,29 @@ def _measured(
     """The curvature of every model that the merge reads, below `folder`."""
     found: dict[str, list[Path]] = {}
     for kind, names in read.items():
+        if kind == "camex":
+            out = folder / kind
+            out.mkdir()
+            told = Run(say=ignore, advance=partial(advance, doing="curvature learned"))
+            learned: dict[str, Any] = {
+                "options": learned_options(config),
+                "weights": {name: config.weights.get(name, 1.0) for name in names},
+                "texts": {name: {name: 1.0} for name in names},
+                "sequence_length": samples.sequence_length,
+                "rng_seed": samples.rng_seed,
+                "assemble": None,
+            }
+            branches = {name: path for name, path in models.items() if name != SEED}
+            learn_camex(learned, out=out, run=told, seed=models[SEED], branches=branches, data=dict(texts))
+            found |= {name: [*found.get(name, []), out / name] for name in names}
+            continue
         for name in names:
             out = folder / f"{kind}-{name}"
             out.mkdir()
             settings: dict[str, Any] = {"kinds": (kind,), **asdict(samples)}
-            config = {"curvature": CurvatureConfig(**settings), "proportions": {name: 1.0}}
+            one: dict[str, Any] = {"curvature": CurvatureConfig(**settings), "proportions": {name: 1.0}}
             run = Run(say=ignore, advance=partial(advance, doing=f"{kind} of {name}"))
-            measure_curvature(config, out=out, run=run, model=models[name], data={name: texts[name]})
+            measure_curvature(one, out=out, run=run, model=models[name], data={name: texts[name]})
             found.setdefault(name, []).append(out)
     return found
 

@@ -20,7 +20,7 @@ from upcycle.checkpoint import Checkpoint, Stored, is_finite
 from upcycle.curvature_merging import mats_solved
 from upcycle.merge import KEPT, METHODS, OF_LINEARS, by_linears_only, check_merge, needed_statistics, readers
 from upcycle.merge_config import MergeConfig, RoleConfig
-from upcycle.merging import SEED, Member, Merging, Readable
+from upcycle.merging import OF_MODELS, SEED, Member, Merging, Readable
 from upcycle.roles import UNKNOWN, tensor_facts
 
 STEM = "curvature"  # of the files that `stages.measure_curvature` writes
@@ -60,8 +60,8 @@ class Statistics:
         return f"{key}/{tensor}" in self._held
 
     def of(self, keys: tuple[str, ...], tensor: str) -> Mapping[str, Tensor]:
-        """Those of these statistics that there are, of one tensor, read where they are asked for. A norm is of all tensors."""
-        names = {key: key if key == "fisher_norm" else f"{key}/{tensor}" for key in keys}
+        """Those of these statistics that there are, of one tensor, read where they are asked for. A norm or a score is of all tensors."""
+        names = {key: key if key in OF_MODELS else f"{key}/{tensor}" for key in keys}
         return _Read({key: (self._held[name], name) for key, name in names.items() if name in self._held})
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 SEED = "seed"  # the name of the seed among the members, where it is one
 DIAGONALS = ("fisher", "hessian")
+OF_MODELS = ("fisher_norm", "camex_score")  # one number for all tensors
 
 
 class Readable(Protocol):
@@ -42,6 +43,7 @@ class Member:
                      tokens of each, or means
         kfac_in      (in, in): E[x xᵀ] of the linear's inputs
         kfac_out     (out, out): E[g gᵀ] of the gradients with respect to its outputs
+        camex_score  (): s of the model; camex_out1, ..., camex_in2 (R, n, n): the factors of its M (camex_learning.py)
     """
 
     tensor: Tensor | Readable
@@ -120,7 +122,7 @@ class Merging:
     def _expected(self, key: str) -> tuple[int, ...]:
         if key in DIAGONALS:
             return tuple(self.shape)
-        if key == "fisher_norm":
+        if key in OF_MODELS:
             return ()
         assert self.in_axis is not None
         width = self.shape[self.in_axis if key in ("gram", "kfac_in") else 1 - self.in_axis]

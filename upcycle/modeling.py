@@ -23,11 +23,12 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils import logging
 
 from .attention import GatedOutput, soft_mixture_of_attention
-from .camex import SharedCurvature, merging_experts, shared_curvature, start
+from .camex import SharedCurvature, merging_experts, shared_curvature
 from .configuration import UpcycledConfig
 from .families import ACTIVATIONS, Family, family_of, final_logits, stacked_shapes
 from .kernels import shown_to_kernels
 from .kinds import FACTS
+from .kronecker_map import start
 from .losses import IGNORED, router_losses
 from .plans import plans_of_modules
 from .router import REMEMBERED, Router, RoutingTrace, masks_for_routers, remembered
@@ -223,8 +224,7 @@ class UpcycledModel(UpcycledPreTrainedModel):
                 dense = getattr(layer, family.attention)
                 setattr(layer, family.attention, soft_mixture_of_attention(dense, config, index))
                 layer.routed_parts.append(family.attention)
-        self.curvature = shared_curvature(self)
-        self.remembers = config.remembers
+        self.curvature, self.remembers = shared_curvature(self), config.remembers
         self._can_compile_fullgraph = not self.remembers
         self.post_init()
 

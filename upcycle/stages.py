@@ -179,6 +179,23 @@ def compare_task_arithmetic(
         run.say(line)
 
 
+@versioned(1)
+def learn_camex(
+    config: dict[str, Any], *, out: Path, run: Run, seed: Path, branches: dict[str, Path], data: dict[str, Path]
+) -> None:
+    """The curvature and the scores of a CAMEx merge, in a directory for each model, as statistics that the merge reads.
+
+    config: `options` of merge=camex; `weights` of the models that have a share; `texts`, the shares of domains of each; `sequence_length`;
+    `rng_seed`; `assemble`, of the mixture whose non-experts are merged, or None, for a dense model.
+    """
+    from upcycle.camex_learning import learn_from, write_learned
+
+    found, losses = learn_from(config, {"seed": seed} | branches, data, run.advance)
+    write_learned(found, losses, config, out)
+    scores = ", ".join(f"{name} {score:.3f}" for name, score in zip(found.names, found.scores, strict=True))
+    run.say(f"loss {losses[0]:.3f} to {losses[-1]:.3f} on training text; scores: {scores}")
+
+
 @versioned(3)
 def merge_models(
     config: MergeConfig,
@@ -204,9 +221,12 @@ def _say_exceptions(made: dict[str, Any], run: Run) -> None:
 
 
 def _by_model(curvature: dict[str, dict[str, Path]]) -> dict[str, list[Path]]:
-    """Every model's directories of statistics."""
-    names = dict.fromkeys(name for models in curvature.values() for name in models)
-    return {name: [models[name] for models in curvature.values() if name in models] for name in names}
+    """Every model's directories of statistics; what was learned of all together has one for each inside."""
+    found: dict[str, list[Path]] = {}
+    for kind, models in curvature.items():
+        for name, path in models.items():
+            found.setdefault(name, []).append(path / name if kind == "camex" else path)
+    return found
 
 
 @versioned(3)
