@@ -78,5 +78,7 @@ def ablate(
         what = f"without {name} and with it alone"
         removed = None if reasons[name] else measured(Steering(removed=places))
         experts[name] = {"removed": removed, "reason": reasons[name], "forced": measured(Steering(forced=places))}
-    settings = {field: getattr(config, field) for field in ("split", "sequence_length", "stride", "max_tokens")}
+    settings = {
+        field: getattr(config, field) for field in ("split", "sequence_length", "stride", "skip_first", "max_tokens")
+    }
     return settings | {"whole": whole, "experts": experts}

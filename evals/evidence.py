@@ -85,7 +85,7 @@ def check_same_test(scores: Mapping[str, Evaluation]) -> None:
     expected = scores[first]
     for name in others:
         score = scores[name]
-        for setting in ("split", "sequence_length", "stride"):
+        for setting in ("split", "sequence_length", "stride", "skip_first"):
             if score.summary.get(setting) != expected.summary.get(setting):
                 raise ValueError(
                     f"{name} was evaluated with {setting}={score.summary.get(setting)}, {first} with "

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from evals.microscope import Vocabulary
 from evals.routing import RoutingCounter, in_turn
-from evals.windows import inputs_and_labels, window_starts
+from evals.windows import first_counted, inputs_and_labels, window_starts
 from evals.words import token_texts
 from upcycle.batches import TokenArray
 from upcycle.config import EvalConfig
@@ -118,11 +118,11 @@ def score_domain(
     tokens = np.asarray(array.tokens[: array.offsets[documents]])
     S, stride = config.sequence_length, config.tokens_apart
     starts = window_starts(len(tokens) - 1, S, stride)
-    nats, size = [], config.batch_sequences
+    nats, size, skip = [], config.batch_sequences, config.skip_first
     for turn in range(0, len(starts), team.size * size):
         mine = starts[turn + team.rank * size :][:size]
         # Ranks that hold parts of the weights need one another in every turn, also where one has no batch left.
-        pair = inputs_and_labels(tokens, mine if len(mine) else starts[:1], S, stride)
+        pair = inputs_and_labels(tokens, mine if len(mine) else starts[:1], S, stride, skip)
         inputs, labels = (torch.from_numpy(side) for side in pair)
         scored, trace = scorer(inputs, labels, steering)
         if len(mine):
@@ -134,10 +134,24 @@ def score_domain(
     nats = in_turn(team.gather(nats))
     if counter is not None:
         counter.combine(team)
-    per_token = np.concatenate([[0.0], *nats])  # the stream's first is not predicted
-    starts = array.offsets[:documents]
-    predicted = np.diff(array.offsets[: documents + 1]) - (np.arange(documents) == 0)
-    return Scored(np.add.reduceat(per_token, starts), predicted, np.asarray(array.bytes[:documents]))
+    kept_T = predicted_places(len(tokens), config)
+    per_token = np.zeros(len(tokens))
+    per_token[kept_T] = np.concatenate([[], *nats])
+    starts, bytes_D = array.offsets[:documents], np.asarray(array.bytes[:documents])
+    predicted = np.add.reduceat(kept_T.astype(np.int64), starts)
+    if skip:  # of a document that is scored in part, its share of the bytes
+        lengths = np.diff(array.offsets[: documents + 1])
+        bytes_D = np.round(bytes_D * predicted / np.maximum(lengths, 1)).astype(bytes_D.dtype)
+    return Scored(np.add.reduceat(per_token, starts), predicted, bytes_D)
+
+
+def predicted_places(tokens: int, config: EvalConfig) -> np.ndarray:
+    """(tokens,) bool: those of a stream that are predicted. The stream's first is not."""
+    S, stride = config.sequence_length, config.tokens_apart
+    kept_T, starts_W = np.zeros(tokens, dtype=bool), window_starts(tokens - 1, S, stride)
+    for start, first in zip(starts_W, first_counted(starts_W, S, stride, config.skip_first), strict=True):
+        kept_T[first + 1 : min(start + S + 1, tokens)] = True
+    return kept_T
 
 
 def expert_of_domain(config: Any, domain: str) -> int | None:
@@ -197,6 +211,11 @@ def evaluate(
     """
     check_positions(model, config.sequence_length, "eval.sequence_length")
     mixture = model.config if isinstance(model, UpcycledForCausalLM) else None
+    if mixture is not None and mixture.leaks > config.skip_first:
+        raise ValueError(
+            f"eval.skip_first={config.skip_first}: this mixture's routers decide about the first {mixture.leaks} tokens of a window by these very tokens "
+            f"(pool.first=own_mean), so they are no test; write eval.skip_first={mixture.leaks}"
+        )
     return measure(scorer_of(model, config.precision, team), data, config, advance, team, mixture, tokenizer)
 
 
@@ -243,6 +262,7 @@ def measure(
         "split": config.split,
         "sequence_length": config.sequence_length,
         "stride": config.tokens_apart,
+        "skip_first": config.skip_first,
         "max_tokens": config.max_tokens,
         "domains": summaries,
         "routing": counter.summary(team) if counter else None,

@@ -173,6 +173,7 @@ def _test_set(score: Evaluation, groups: Mapping[str, Sequence[str]], domains: S
         "split": score.summary["split"],
         "sequence_length": score.summary["sequence_length"],
         "stride": score.summary.get("stride", score.summary["sequence_length"]),
+        "skip_first": score.summary.get("skip_first", 0),
         "max_tokens": score.summary.get("max_tokens"),
         "domains": list(domains),
         "domain_groups": groups,

@@ -76,7 +76,7 @@ class RoutingCounter:
         """From now on windows are of `domain`, a stream of tokens in documents that begin at `offsets`."""
         self.domain = domain
         S, stride = self.settings.sequence_length, self.settings.tokens_apart
-        first_W = first_counted(window_starts(len(tokens) - 1, S, stride), S, stride)
+        first_W = first_counted(window_starts(len(tokens) - 1, S, stride), S, stride, self.settings.skip_first)
         seen = self.documents[-1].max() + 1 if self.documents else 0
         self.documents.append(np.searchsorted(offsets, first_W, side="right") - 1 + seen)
         self.microscope.start(domain, tokens)

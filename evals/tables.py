@@ -152,9 +152,10 @@ def caption(report: Mapping[str, Any]) -> str:
     fit = f"as many as fit in {write_count(limit)} tokens, at least one" if limit else ""
     first = f" (of each domain its first whole documents, {fit})" if fit else ""
     moved = "" if apart == report["sequence_length"] else f" that begin every {apart}"
+    skipped = f", without the first {report['skip_first']} of each" if report.get("skip_first") else ""
     return (
         f"{report['split'].capitalize()} perplexity (lower is better) in windows of {report['sequence_length']} "
-        f"tokens{moved}; tokens scored{first}: {tested}. An average is the exp of the mean nats per token over its domains. "
+        f"tokens{moved}{skipped}; tokens scored{first}: {tested}. An average is the exp of the mean nats per token over its domains. "
         f"Bootstrap rng_seed {report['bootstrap']['rng_seed']}. Machine: {machine}.{seconds}"
     )
 

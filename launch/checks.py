@@ -90,6 +90,13 @@ def _check_evaluation(cfg: Config) -> None:
                 f"domains.{name}.{cfg.eval.split}_fraction is 0, but eval.split={cfg.eval.split} measures every domain on "
                 "that split; raise it or choose the other split"
             )
+    ahead = {name: mixture.assemble.router.pool for name, mixture in cfg.mixtures.items()}
+    for name, pool in ahead.items() if cfg.domains else ():
+        if pool.first == "own_mean" and pool.tokens > cfg.eval.skip_first:
+            raise ValueError(
+                f"eval.skip_first={cfg.eval.skip_first}: mixtures.{name} routes the first {pool.tokens} tokens of a window by these very tokens "
+                f"(pool.first=own_mean), so they are no test; write eval.skip_first={pool.tokens}, for all models alike"
+            )
 
 
 def _check_tasks(cfg: Config) -> None:
@@ -241,7 +248,9 @@ def _check_experts(cfg: Config, name: str, mixture: MixtureConfig) -> list[str]:
     choice = mixture.assemble
     _check_router_phases(name, mixture)
     try:
-        found = placed(seed_shape(cfg.seed), choice, list(cfg.branches))
+        shape = seed_shape(cfg.seed)
+        found = placed(shape, choice, list(cfg.branches))
+        shape.assembled(choice, list(cfg.branches))
     except KeyError:  # assembly will see
         return ["seed", *cfg.branches]
     except ValueError as error:

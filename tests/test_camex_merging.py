@@ -11,7 +11,7 @@ import pytest
 import reference
 import torch
 from torch.func import functional_call
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import upcycle
 from tests.test_merging import NAMES, write_models, write_tokens
@@ -167,7 +167,9 @@ def test_the_merge_is_what_was_learned(models, data, tmp_path):
         "code": 12 * 2 * 8
     }
     about = {name: Statistics(tmp_path / "learned" / name) for name in NAMES}
-    Merger(merge, Checkpoint(models["seed"]), made.config, list(NAMES), about).check_statistics()
+    Merger(
+        merge, Checkpoint(models["seed"]), AutoConfig.from_pretrained(models["seed"]), list(NAMES), about
+    ).check_statistics()
 
 
 @pytest.mark.parametrize("attention", ["merged", "mixture"])
@@ -177,7 +179,6 @@ def test_a_mixtures_own_experts_stay_and_only_the_rest_is_learned(models, data, 
     )
     config = settings(assemble=choice)
     names = Checkpoint(models["seed"]).names
-    from transformers import AutoConfig
 
     taken = merged_tensors(AutoConfig.from_pretrained(models["seed"]), names, list(NAMES), choice)
     assert taken and not any(".mlp." in name for name in taken)

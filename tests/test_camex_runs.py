@@ -107,6 +107,8 @@ def test_the_proof_holds_and_every_count_is_the_models(made, kind, name):
     shape = dense.assembled(choice, list(BRANCHES))
     assert shape == Shape.of_config(model.config.to_dict())
     kept = [tensor for name, tensor in model.named_buffers() if ".base_" in name]
+    assert shape.active_parameters == found.active_parameters
+    assert "combined    weights are merged once a decision: " in found.summary()
     assert shape.parameters == found.parameters == sum(one.numel() for one in (*model.parameters(), *kept))
 
 

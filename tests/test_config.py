@@ -191,8 +191,8 @@ MISTAKES = {
     ),
     "word that is no group": (
         {"mixtures.bam.train.phases": [{"steps": 2}, {"frozen": ["experts", "roter"]}]},
-        "mixtures.bam.train.phases[1].frozen: 'roter' is no parameter group, expected one of router, experts, attention, "
-        "rest; did you mean router? For parameters by name write a regular expression, such as '.*roter'",
+        "mixtures.bam.train.phases[1].frozen: 'roter' is no parameter group, expected one of router, experts, curvature, "
+        "attention, rest; did you mean router? For parameters by name write a regular expression, such as '.*roter'",
     ),
     "derived tokens": (
         {"dense.tokens": 5},

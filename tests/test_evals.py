@@ -12,10 +12,12 @@ from evals.routing import RoutingCounter, shuffled_information
 from evals.windows import inputs_and_labels, window_starts
 from tests.domains import two_domains
 from tests.reference import windows
-from tests.tiny import VOCAB, dense_models, mixture_of
+from tests.tiny import VOCAB, dense_config, dense_models, mixture_of
 from upcycle.batches import TokenArray
 from upcycle.config import EvalConfig
+from upcycle.configuration import UpcycledConfig
 from upcycle.health import mutual_information
+from upcycle.modeling import UpcycledForCausalLM
 from upcycle.router import RoutingTrace
 
 
@@ -45,26 +47,47 @@ def test_windows_equal_a_loop_and_predict_every_token_but_the_first_exactly_once
         assert (labels == inputs + 1)[labels >= 0].all()
 
 
-@pytest.mark.parametrize("stride", [None, 5])
-def test_nats_per_document_equal_a_loop_over_tokens(data, stride):
-    """Every token from the 16 before it, or as many as its window has: with a stride of 5 at least 11."""
+@pytest.mark.parametrize(("stride", "skip"), [(None, 0), (5, 0), (None, 6), (5, 13)])
+def test_nats_per_document_equal_a_loop_over_tokens(data, stride, skip):
+    """Every token from the 16 before it, or as many as its window has: with a stride of 5 at least 11. None of a window's first `skip`."""
     model = dense_models("llama", 1, dtype=torch.float32)[0]
     steps = []
     result, documents = evaluate(
-        model, data, settings(stride=stride), lambda done, total, doing: steps.append((done, total))
+        model, data, settings(stride=stride, skip_first=skip), lambda done, total, doing: steps.append((done, total))
     )
     assert steps == sorted(steps) and steps[-1][0] == steps[-1][1] and result["stride"] == (stride or 16)
     array = TokenArray(data["low"], "test")
     tokens, expected = array.tokens.astype(np.int64), np.zeros(len(array.bytes))
+    counts = np.zeros(len(array.bytes))
     for position in range(1, len(tokens)):
         start = max(0, -(-(position - 16) // (stride or 16)) * (stride or 16))
+        if position - 1 - start < skip:
+            continue
         logits = model(torch.from_numpy(tokens[start:position])[None]).logits[0, -1]
         document = np.searchsorted(array.offsets, position, side="right") - 1
         expected[document] -= logits.log_softmax(-1)[tokens[position]].item()
+        counts[document] += 1
     np.testing.assert_allclose(documents["low.nats"], expected, rtol=1e-4)
-    assert documents["low.tokens"].sum() == result["domains"]["low"]["tokens"] == len(tokens) - 1
+    np.testing.assert_array_equal(documents["low.tokens"], counts)
+    assert counts.sum() == result["domains"]["low"]["tokens"] and (skip or counts.sum() == len(tokens) - 1)
     assert result["domains"]["low"]["nats"] == pytest.approx(expected.sum(), rel=1e-5)
-    assert result["domains"]["low"]["bytes"] == array.bytes.sum()
+    share = counts / np.diff(array.offsets) if skip else 1
+    assert result["domains"]["low"]["bytes"] == np.round(array.bytes * share).sum()
+
+
+def test_a_mixture_that_reads_ahead_is_measured_without_those_tokens(data):
+    rule = {"per": "segment", "tokens": 4, "first": "own_mean"}
+    config = UpcycledConfig(
+        seed=dense_config("llama").to_dict(),
+        router="soft",
+        router_options=rule,
+        combine={"of": "weights", "base": "seed"},
+    )
+    model = UpcycledForCausalLM._from_config(config)
+    with pytest.raises(ValueError, match="these very tokens .*write eval.skip_first=4"):
+        evaluate(model, data, settings(skip_first=3), ignore)
+    result, _ = evaluate(model, data, settings(skip_first=4), ignore)
+    assert result["skip_first"] == 4
 
 
 def test_a_uniform_model_has_the_vocabulary_as_perplexity(data):

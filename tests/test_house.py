@@ -213,6 +213,7 @@ def test_the_table_of_routers_is_the_generated_one():
     costs = ("parameters", "active_parameters", "train_tokens", "train_flops")
     assert found is not None and found.group(1).strip() == markdown_table(report, costs).strip()
     presets = {path.stem for path in (ROOT / "conf" / "assemble").glob("*.yaml")}
+    presets = {name for name in presets if not re.match("camex_|soft_merging", name)}  # experiment=camex measures these
     assert presets <= set(report["models"])
     bam, matched = report["models"]["bam"], [report["models"][f"btx_matched{which}"] for which in ("", "_branches")]
     for model in matched:

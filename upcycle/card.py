@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from upcycle.explanation import routing_in_words
+from upcycle.explanation import combined_in_words, routing_in_words
 from upcycle.merge_config import from_record
 
 METHOD = {
@@ -155,6 +155,8 @@ def _placement(config: Any) -> list[list[str]]:
         rows.append(["split", f"each expert has 1/{config.split} of a feed-forward's hidden units"])
     if config.shared_expert != "none":
         rows.append(["shared expert", f"{config.shared_expert}, shared_gate={config.shared_gate}"])
+    if words := combined_in_words(config.combine):
+        rows.append(["combined", words])
     if config.routed_layers is not None:
         rows.append(["layers that are mixtures", ", ".join(map(str, config.routed))])
     return rows

@@ -239,12 +239,14 @@ class EvalConfig:
     """What is measured on every model. `max_tokens` bounds each domain's split (whole documents, from its start, one at least).
 
     stride: windows of `sequence_length` tokens begin this far apart, and each but the first predicts its last `stride`
-    tokens only; None: they do not overlap.
+    tokens only; None: they do not overlap. skip_first: so many tokens at the start of every window are not scored, for all models
+    alike; what a mixture with pool.first=own_mean needs, which reads them ahead.
     """
 
     split: Literal["valid", "test"] = "test"
     sequence_length: int = Field(default=512, gt=1)
     stride: int | None = Field(default=None, gt=0)
+    skip_first: int = Field(default=0, ge=0)
     batch_sequences: int = Field(default=8, gt=0)
     max_tokens: int | None = Field(default=None, gt=0)
     bootstrap_samples: int = 1000
@@ -257,6 +259,10 @@ class EvalConfig:
             raise ValueError(
                 f"stride={self.stride} leaves tokens out between windows of sequence_length={self.sequence_length}; expected "
                 "at most that, or null"
+            )
+        if self.skip_first >= self.sequence_length:
+            raise ValueError(
+                f"skip_first={self.skip_first} leaves nothing of windows of sequence_length={self.sequence_length}; expected less"
             )
         return self
 

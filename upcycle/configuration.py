@@ -283,6 +283,12 @@ class UpcycledConfig(PretrainedConfig):
         return any(self.rule(part, self.routed[0]).per != "token" for part in self.parts)
 
     @property
+    def leaks(self) -> int:
+        """How many tokens at a sequence's start are routed by their own segment, later tokens included; 0: no router looks ahead."""
+        rule = self.rule("ffn", self.routed[0])
+        return rule.tokens if rule.per != "token" and rule.first == "own_mean" else 0
+
+    @property
     def counts_steps(self) -> bool:
         """Whether routers change with the optimizer's steps, beyond their weights: what train.py does, and no other loop."""
         rules = [self.rule(part, self.routed[-1]) for part in self.parts]

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from upcycle.directories import INDEX, resolve
 from upcycle.durable import read_object
 from upcycle.explanation import Explanation, TensorRow
+from upcycle.kinds import COMBINE
 from upcycle.merge_config import MergeConfig, from_record
 from upcycle.mixture_config import AssembleConfig
 
@@ -22,6 +23,7 @@ ROUTER_FIELDS = (
     "num_experts_per_tok", "router", "gate_scale", "router_options", "attention", "attention_router", "kv", "tie",
     "balance", "balance_coefficient", "balance_scope", "z_coefficient", "similarity_coefficient", "entropy_coefficient",
     "attention_losses", "initializer_range", "routed_layers", "split", "shared_expert", "shared_gate", "one_per_source",
+    "combine",
 )  # fmt: skip
 
 
@@ -66,7 +68,7 @@ def explain(directory: str | Path) -> Explanation:
         experts=config["experts"],
         attention_experts=attention,
         sources=stages_of(_models(config, assembly), made_from),
-        routers={name: config[name] for name in ROUTER_FIELDS},
+        routers={name: ({"combine": COMBINE} | config)[name] for name in ROUTER_FIELDS},
         tensors=_rows(headers, assembly, list(dict.fromkeys([*config["experts"], *attention]))),
         proof=proof,
         notes=notes,

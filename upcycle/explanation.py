@@ -10,6 +10,12 @@ from typing import Any
 
 from upcycle.kinds import FACTS
 
+FIRST = {
+    "seed": "the seed's expert",
+    "uniform": "all experts alike",
+    "base": "the base expert",
+    "own_mean": "whom its own mean says, later tokens included",
+}
 TIES = {
     "layers": "the first layer's router decides for all",
     "sublayers": "a layer's feed-forward router has the logits of its attention router",
@@ -67,14 +73,18 @@ class Explanation:
 
     @property
     def active_parameters(self) -> int | None:
-        """Parameters that take part in one token: K of the E feed-forward experts, everything else."""
+        """Parameters that take part in one token: K of the E feed-forward experts, everything else; see `Shape.active_parameters`."""
         active, experts = self.routers["num_experts_per_tok"], len(self.experts)
+        if self.routers["combine"]["of"] == "weights":
+            active = 1
         soft = "nowhere"
         if self.routers["router"] == "sample_top1":  # whose first layer is soft
             soft = f".{(self.routers['routed_layers'] or [0])[0]}."
         return _total(
             [
-                row.parameters // experts * active
+                0
+                if re.search(r"\.(base|curvature)_", row.target)
+                else row.parameters // experts * active
                 if row.parameters and ".experts." in row.target and soft not in row.target
                 else row.parameters
                 for row in self.tensors
@@ -142,6 +152,35 @@ def routing_in_words(config: Mapping[str, Any], experts: int, attention_experts:
     return lines
 
 
+def combined_in_words(combine: Mapping[str, Any]) -> str:
+    """How experts are combined, where it is not their outputs; "" where it is."""
+    if combine.get("of", "outputs") == "outputs":
+        return ""
+    if combine["base"] == "none":
+        return "weights are merged once a decision: Σ gate · E"
+    trained = "" if combine["train_base"] or combine["base"] == "zeros" else ", never trained"
+    parts = [
+        f"B + {combine['alpha']:g} · Σ gate · M(E − B)"
+        if combine["curvature"] != "none" or combine["alpha"] != 1
+        else "B + Σ gate · (E − B)"
+    ]
+    parts.append(f"base {combine['base']}{trained}")
+    if combine["curvature"] == "kronecker":
+        whose = "of each layer" if combine["share"] == "layer" else "of all layers"
+        parts.append(f"M a Kronecker map of rank {combine['rank']}, {whose}")
+    elif combine["curvature"] == "linear":
+        parts.append("M a linear map of the inputs")
+    else:
+        parts.append("M = I")
+    if combine["election"] == "sign":
+        parts.append("entries with the sign of the differences' sum")
+    if combine["drop"]:
+        parts.append(f"in training {combine['drop']:g} of them dropped")
+    if combine["update"] != "none":
+        parts.append(f"the base is updated: {combine['update']}")
+    return f"weights are merged once a decision: {'; '.join(parts)}"
+
+
 def _router(rule: Mapping[str, Any], experts: int) -> str:
     gates = f"top {rule['top_k']} of {experts}"
     if rule["kind"] in FACTS and FACTS[rule["kind"]].every:
@@ -150,7 +189,7 @@ def _router(rule: Mapping[str, Any], experts: int) -> str:
     if rule["kind"] == "switch":
         found.append(f"capacity factor {rule['capacity_factor']:g}")
     if rule["per"] != "token":
-        whom = "the seed's expert" if rule["first"] == "seed" else "all experts alike"
+        whom = FIRST[rule["first"]]
         found.append(f"one decision a {rule['per']}, of {rule['tokens']} tokens; the first goes to {whom}")
     if rule["bias_rate"]:
         found.append(f"a bias on the selection, rate {rule['bias_rate']:g}")
@@ -184,6 +223,8 @@ def _placement(found: Explanation) -> list[tuple[str, str]]:
     if routers["shared_expert"] != "none":
         gate = "½ shared + ½ routed" if routers["shared_gate"] == "half" else "shared + routed"
         lines.append(("shared", f"one more feed-forward for every token, {routers['shared_expert']}; {gate}"))
+    if words := combined_in_words(routers.get("combine") or {}):
+        lines.append(("combined", words))
     if routers["routed_layers"] is not None:
         layers = ", ".join(map(str, routers["routed_layers"]))
         lines.append(("mixtures", f"in layers {layers}; the others are merged"))
