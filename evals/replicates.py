@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.stats import t
+
+from upcycle.config import nearest
 
 MIXTURES = ("btx", "bam")  # kinds
 BRANCH_GAIN = 0.10  # a branch must lower its own domain's perplexity by this share
@@ -95,18 +98,55 @@ NEEDED = {
 }
 
 
-def markdown(summary: Mapping[str, Any]) -> str:
-    """Two tables for the README: spread of the trained average, and how often each claim held."""
+def paired(summary: Mapping[str, Any], model: str, against: str) -> tuple[float, float, float] | None:
+    """Nats per token of a model minus another one's: the mean over runs, and its 95 % interval by Student's t with one degree of
+    freedom less than runs. None where fewer than two runs have both.
+
+    Raises ValueError: no run has a model of that name.
+    """
+    averages = summary["trained_perplexity"]
+    if against not in averages:
+        raise ValueError(
+            f"against={against}: no run has such a model; expected one of {', '.join(averages)}{nearest(against, averages)}"
+        )
+    if len(averages[model]) != len(averages[against]) or len(averages[model]) < 2:
+        return None
+    differences = np.log(averages[model]) - np.log(averages[against])
+    count, mean = len(differences), float(differences.mean())
+    half = float(t.ppf(0.975, count - 1) * differences.std(ddof=1) / np.sqrt(count))
+    return mean, mean - half, mean + half
+
+
+def _shown(perplexity: float) -> str:
+    return f"{perplexity:.2f}" if perplexity < 10_000 else f"{perplexity:.2g}"
+
+
+def markdown(summary: Mapping[str, Any], against: Sequence[str] = ()) -> str:
+    """Two tables: spread of the trained average, with `paired` differences from some models; and how often each claim held."""
     domains = ", ".join(summary["domains"])
-    lines = [
-        f"| model | runs | mean trained avg ({domains}) | lowest | highest |",
-        "| --- | ---: | ---: | ---: | ---: |",
+    titles = [
+        "model",
+        "runs",
+        f"mean trained avg ({domains})",
+        "lowest",
+        "highest",
+        *(f"against {one}" for one in against),
     ]
+    lines = [f"| {' | '.join(titles)} |", f"| --- |{' ---: |' * (len(titles) - 1)}"]
     for name, values in summary["trained_perplexity"].items():
-        lines.append(f"| {name} | {len(values)} | {np.mean(values):.2f} | {min(values):.2f} | {max(values):.2f} |")
+        cells = [name, f"{len(values)}", *(_shown(one) for one in (np.mean(values), min(values), max(values)))]
+        for other in against:
+            found = None if other == name else paired(summary, name, other)
+            cells.append(f"{found[0]:+.3f} [{found[1]:+.3f}, {found[2]:+.3f}]" if found else "")
+        lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| claim | held in |", "| --- | ---: |"]
     lines += [f"| {claim} | {sum(held)} of {len(held)} |" for claim, held in summary["claims"].items() if held]
     seeds = ", ".join(map(str, summary["rng_seeds"]))
     minutes = ", ".join(f"{seconds / 60:.1f}" for seconds in summary["seconds"])
     lines += ["", f"*rng_seed {seeds}; minutes of all stages together: {minutes}.*"]
+    if against:
+        lines += [
+            "",
+            "*Against: nats per token, model minus reference, mean over runs with the 95 % interval of Student's t over runs.*",
+        ]
     return "\n".join(lines)

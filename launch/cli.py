@@ -28,7 +28,8 @@ upcycle dense DIR OUT          a mixture as a dense model again: --expert=NAME, 
 upcycle fold DIR OUT           a CAMEx mixture with its curvature folded into its experts: plain soft merging
 upcycle route DIR TEXT|FILE OUT.html
                                a page of the text and what the mixture says next, each token by its expert; --new-tokens=N
-upcycle replicates RUN RUN ... spread and claims over runs that differ in rng_seed; --readme, --json=FILE
+upcycle replicates RUN RUN ... spread and claims over runs that differ in rng_seed; --against=MODEL,... adds paired differences; --readme,
+                               --json=FILE
 """
 
 

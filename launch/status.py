@@ -191,7 +191,8 @@ def _check_readme() -> None:
 
 
 def print_replicates(arguments: list[str]) -> int:
-    """Spread and claims over the named runs; --readme writes them into README.md, --json=FILE keeps the figures."""
+    """Spread and claims over the named runs; --readme writes them into README.md, --json=FILE keeps the figures; --against=MODEL,...
+    adds paired differences from these."""
     from evals.replicates import markdown, summarise
     from evals.tables import replace_block
     from upcycle.durable import write_json
@@ -207,7 +208,8 @@ def print_replicates(arguments: list[str]) -> int:
         if "--readme" in arguments:
             _check_readme()
         found = summarise([_report(run) for run in runs])
-        print(markdown(found))
+        against = [one for word in arguments if word.startswith("--against=") for one in word[10:].split(",")]
+        print(markdown(found, against))
         for argument in arguments:
             if argument == "--readme":
                 replace_block(README, "replicates", "demo", markdown(found))

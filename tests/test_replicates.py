@@ -1,10 +1,11 @@
 """Claims over replicates, on constructed reports where each claim is known to hold or not."""
 
 import copy
+import math
 
 import pytest
 
-from evals.replicates import CLAIMS, markdown, summarise
+from evals.replicates import CLAIMS, markdown, paired, summarise
 
 
 def model(kind, own, average, routing=None):
@@ -76,3 +77,32 @@ def test_a_run_without_a_model_is_left_out_of_what_needs_it():
     found = summarise([report(1), other])
     assert found["trained_perplexity"]["dense"] == [30.0]
     assert found["claims"]["the best mixture beats dense continuation on the same tokens"] == [True]
+
+
+def test_differences_are_paired_by_run_with_students_interval():
+    averages = {1: (20.0, 25.0), 2: (22.0, 27.0), 3: (30.0, 38.0)}
+    runs = [
+        report(
+            seed,
+            btx={"average": {"trained": {"perplexity": ours}}},
+            dense={"average": {"trained": {"perplexity": theirs}}},
+        )
+        for seed, (ours, theirs) in averages.items()
+    ]
+    found = summarise(runs)
+    differences = [math.log(ours / theirs) for ours, theirs in averages.values()]
+    mean = sum(differences) / 3
+    half = 4.302653 * math.sqrt(
+        sum((one - mean) ** 2 for one in differences) / 2 / 3
+    )  # t of 2 degrees of freedom, 97.5 %
+    assert paired(found, "btx", "dense") == pytest.approx((mean, mean - half, mean + half), rel=1e-6)
+    assert f"| btx | 3 | 24.00 | 20.00 | 30.00 | {mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}] |" in markdown(
+        found, ["dense"]
+    )
+    assert (
+        paired(summarise(runs[:2]) | {"trained_perplexity": {"btx": [20.0], "dense": [25.0]}}, "btx", "dense") is None
+    )
+    with pytest.raises(
+        ValueError, match="against=dens: no run has such a model; expected one of .* did you mean dense"
+    ):
+        markdown(found, ["dens"])

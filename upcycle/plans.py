@@ -62,12 +62,16 @@ def tensor_plan(config: Any) -> dict[str, str]:
             plan |= {name: style} if some else {}
             if config.shared_expert != "none":
                 plan[f"{mlp}shared_expert.{name.removeprefix(mlp)}"] = style
-    plan |= {f"{mlp}{name}": style for name, style in CUT_EXPERTS.items()}
+    if not config.merges_weights:  # else every rank merges whole experts
+        plan |= {f"{mlp}{name}": style for name, style in CUT_EXPERTS.items()}
     return {f"decoder.{name}": style for name, style in plan.items()}
 
 
 def expert_plan(config: Any) -> dict[str, str]:
-    """Expert parallelism: whole experts on their ranks. A mixture of attention is not part of it."""
+    """Expert parallelism: whole experts on their ranks. A mixture of attention is not part of it; nor are experts whose weights
+    are merged, since every decision needs all of them."""
+    if config.merges_weights:
+        return {}
     family = family_of(config.seed)
     return {f"decoder.{family.layers}.*.{family.mlp}.{name}": style for name, style in WHOLE_EXPERTS.items()}
 
