@@ -36,6 +36,12 @@ class Lineage:
     def active_parameters(self) -> int:
         return self.copies * self.shape.active_parameters
 
+    def read(self, domains: Mapping[str, int], flops: float) -> Lineage:
+        """This lineage after something else has learned from so many tokens of each domain, with so many FLOPs."""
+        if self.domains is None or self.flops is None:
+            return self
+        return replace(self, domains=add(self.domains, domains), flops=self.flops + flops)
+
     def trained(self, config: TrainConfig, stages: list[str]) -> Lineage:
         """This lineage after one more training run of `config.steps` steps."""
         domains = None if self.domains is None else add(self.domains, consumed(config))

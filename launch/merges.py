@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from upcycle.batches import consumed_tokens
 from upcycle.config import CurvatureConfig, SamplesConfig, nearest
 from upcycle.merge_config import MergeConfig
 from upcycle.mixture_config import AssembleConfig
@@ -13,12 +14,20 @@ from upcycle.store import Artifact, Store
 
 if TYPE_CHECKING:
     from launch.config import Config
+    from upcycle.cost import Shape
 
 SOME_READ = (
     "labels",
     "largest_factor",
 )  # settings of a measurement that not every kind reads; they are no part of its key then
 READ = {"fisher": ("labels",), "gram": ("largest_factor",), "kfac": SOME_READ, "hessian": (), "gradient": ()}
+PASSES = {
+    "gram": 1,
+    "fisher": 3,
+    "kfac": 3,
+    "gradient": 3,
+    "hessian": 9,
+}  # in forwards; a Hessian is the gradient of one
 TASK_ARITHMETIC_SCALE = 0.4  # merge.METHODS' own default
 
 
@@ -100,6 +109,32 @@ def reads(merge: MergeConfig, members: Iterable[str]) -> dict[str, list[str]]:
     from upcycle.merge import readers
 
     return readers(merge, members)
+
+
+def curvature_cost(
+    cfg: Config, merge: MergeConfig, members: Iterable[str], shape: Shape
+) -> tuple[dict[str, int], float]:
+    """(tokens of each domain that something was learned from, FLOPs) of what a merge reads; shape: the seed's.
+
+    Statistics are counted by the passes that they take, each for itself although merges share them; they teach nothing new, and so
+    count no tokens.
+    """
+    own, domains, flops = cfg.curvature, {}, 0.0
+    for kind, models in reads(merge, members).items():
+        if kind != "camex":
+            each = own.sequences * own.sequence_length * shape.forward_flops_per_token(own.sequence_length)
+            flops += len(models) * PASSES[kind] * each
+            continue
+        from upcycle.merge import learned_options
+
+        options = learned_options(merge)
+        sequences = options["steps"] * options["batch_sequences"]
+        for name in models:
+            taken = consumed_tokens(texts_of(cfg, name), own.rng_seed, own.sequence_length, sequences)
+            domains = {domain: domains.get(domain, 0) + taken.get(domain, 0) for domain in {*domains, *taken}}
+        flops += 3 * options["steps"] * shape.map_flops(len(models), options["rank"])
+        flops += sum(domains.values()) * shape.train_flops_per_token(own.sequence_length)
+    return domains, flops
 
 
 def curvature_stages(merge: MergeConfig, members: Iterable[str], owner: str) -> list[list[str]]:

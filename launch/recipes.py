@@ -20,7 +20,7 @@ from launch.checks import dense_runs, seed_shape
 from launch.config import Config, plain
 from launch.lineage import Lineage, add, consumed, together
 from launch.matching import matched, reference_name
-from launch.merges import Curvature, curvature_stages
+from launch.merges import Curvature, curvature_cost, curvature_stages
 from upcycle.config import ContinuationsConfig, TrainConfig
 from upcycle.cost import placed
 from upcycle.directories import fingerprint as model_fingerprint
@@ -82,7 +82,10 @@ def upcycle(cfg: Config, store: Store) -> Experiment:
     for name, stage in merges.items():
         before = curvature_stages(cfg.merges[name], ["seed", *branches], name) if name in cfg.merges else []
         models[name], kinds[name] = stage, "merge" if name in cfg.merges else "soup"
-        lineages[name] = _followed(_together(cfg, lineages), *before, [stage.name])
+        behind = _together(cfg, lineages)
+        if name in cfg.merges:
+            behind = behind.read(*curvature_cost(cfg, cfg.merges[name], ["seed", *branches], lineages["seed"].shape))
+        lineages[name] = _followed(behind, *before, [stage.name])
 
     if cfg.btm is not None:
         kinds["btm"], lineages["btm"] = "ensemble", replace(_together(cfg, lineages), copies=1 + len(cfg.branches))
@@ -290,6 +293,7 @@ def _before_training(cfg: Config, name: str, lineages: Mapping[str, Lineage]) ->
     measured = curvature_stages(choice.merge, models, name)
     start = together(lineages["seed"], {one: lineages[one] for one in cfg.branches if one in models})
     shape = seed.assembled(choice, list(cfg.branches))
+    start = start.read(*curvature_cost(cfg, choice.merge, models, seed))
     return _followed(replace(start, shape=shape), *measured, [f"assemble/{name}"])
 
 

@@ -14,6 +14,7 @@ from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import upcycle
+from tests.test_merges import declared
 from tests.test_merging import NAMES, write_models, write_tokens
 from upcycle.batches import Batches
 from upcycle.camex_learning import learn_from, mapped_sides, merged_tensors
@@ -250,3 +251,27 @@ def test_a_base_that_is_no_model_is_named(models, data):
         ValueError, match="base='maths' is not known, expected seed, mean, zeros or one of seed, code, law"
     ):
         learn_from(settings(base="maths"), models, data, quiet)
+
+
+def test_what_learning_reads_and_computes_is_counted():
+    """Of a dense merge and of a mixture: tokens by domain, FLOPs of forward and backward, and of the maps."""
+    words = [
+        "+merges.camex={method: camex, options: {steps: 10, batch_sequences: 2, rank: 2}}",
+        "+merges.fisher=fisher",
+    ]
+    words += [
+        "mixtures.btx.assemble.merge={method: camex, options: {steps: 10, batch_sequences: 2}}",
+        "curvature.sequence_length=64",
+    ]
+    found = declared("experiment=tiny", *words).lineages
+    seed, plain, camex = found["seed"].shape, found["fisher"], found["camex"]
+    tokens = 4 * 10 * 2 * 64  # models, steps, sequences, tokens
+    assert camex.tokens - plain.tokens == tokens
+    assert set(camex.domains) == {"code", "law", "math", "general"} and camex.domains["code"] > plain.domains["code"]
+    maps = 3 * 10 * seed.map_flops(4, 2)
+    assert camex.flops - plain.flops == pytest.approx(tokens * seed.train_flops_per_token(64) + maps)
+    assert found["btx"].tokens - found["btx_top1"].tokens == tokens
+    matrices = [(48, 48)] * 2 + [(24, 48)] * 2 + [(48, 128), (128, 48), (128, 48)]  # of a layer
+    of = {48: (6, 8), 24: (4, 6), 128: (8, 16)}
+    slow = sum(2 * rows * columns * (sum(of[rows]) + sum(of[columns])) for rows, columns in matrices)
+    assert seed.map_flops(1, 1) == 2 * slow + 2 * 1024 * 48 * sum(of[48])

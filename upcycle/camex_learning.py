@@ -148,7 +148,7 @@ def learn(
         losses.append(_backward(model, states, made, texts, learned.names, step))
         optimizer.step()
         learned.pull(rate * options["decay"])
-        advance(step + 1, steps, loss=losses[-1], lr=rate)
+        advance(step + 1, steps, doing=f"curvature learned, loss {losses[-1]:.3f}")
     return learned, losses
 
 

@@ -244,6 +244,16 @@ class Shape:
         layers = {"previous_merged": 1, "per_layer": 2 * self.mixtures}.get(self.combine.update, self.mixtures)
         return layers * sum(map_flops(*one) for one in self._maps())
 
+    def map_flops(self, models: int, rank: int) -> int:
+        """Of a Kronecker map on every matrix of so many dense models (a CAMEx merge's): rows and columns, of embeddings columns alone."""
+        inner, outer, kv = self.heads * self.head_size, self.hidden, self.kv_heads * self.head_size
+        matrices = [(inner, outer), (outer, inner), (kv, outer), (kv, outer), (outer, self.width)]
+        matrices += [(self.width, outer)] * (2 if self.gated else 1)
+        each = sum(map_flops(map_shapes("kronecker", rank, models, 1, *sides), *sides) for sides in matrices)
+        columns = map_shapes("kronecker", rank, models, 1, 1, outer)
+        table = map_flops({name: columns[name] for name in ("in1", "in2")}, self.vocab, outer)
+        return self.layers * each + table * (1 if self.tied else 2)
+
     def train_flops_per_token(self, sequence_length: int) -> int:
         """Forward and backward: three times the forward."""
         return 3 * self.forward_flops_per_token(sequence_length)

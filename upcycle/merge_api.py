@@ -118,7 +118,7 @@ def _measured(
         if kind == "camex":
             out = folder / kind
             out.mkdir()
-            told = Run(say=ignore, advance=partial(advance, doing="curvature learned"))
+            told = Run(say=ignore, advance=lambda done, total, **_: advance(done, total, doing="curvature learned"))
             learned: dict[str, Any] = {
                 "options": learned_options(config),
                 "weights": {name: config.weights.get(name, 1.0) for name in names},
