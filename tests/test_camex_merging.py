@@ -256,6 +256,7 @@ def test_a_base_that_is_no_model_is_named(models, data):
 def test_what_learning_reads_and_computes_is_counted():
     """Of a dense merge and of a mixture: tokens by domain, FLOPs of forward and backward, and of the maps."""
     words = [
+        "+merges.ties=ties",
         "+merges.camex={method: camex, options: {steps: 10, batch_sequences: 2, rank: 2}}",
         "+merges.fisher=fisher",
     ]
@@ -264,7 +265,9 @@ def test_what_learning_reads_and_computes_is_counted():
         "curvature.sequence_length=64",
     ]
     found = declared("experiment=tiny", *words).lineages
-    seed, plain, camex = found["seed"].shape, found["fisher"], found["camex"]
+    seed, plain, camex = found["seed"].shape, found["ties"], found["camex"]
+    fisher = 4 * 256 * 64 * seed.train_flops_per_token(64)  # models, sequences, tokens
+    assert found["fisher"].tokens == plain.tokens and found["fisher"].flops - plain.flops == pytest.approx(fisher)
     tokens = 4 * 10 * 2 * 64  # models, steps, sequences, tokens
     assert camex.tokens - plain.tokens == tokens
     assert set(camex.domains) == {"code", "law", "math", "general"} and camex.domains["code"] > plain.domains["code"]

@@ -71,7 +71,9 @@ def test_merges_are_stages_and_curvature_is_measured_once_for_all_of_them():
     assert stages["curvature/fisher/code"].config["proportions"] == {"code": 0.9, "general": 0.1}
     before = [["seed"], ["branch/code", "branch/law", "branch/math"]]
     assert found.lineages["a"].stages == [*before, [f"curvature/fisher/{name}" for name in models], ["merge/a"]]
-    assert found.lineages["a"].flops == found.lineages["soup"].flops
+    passes = 4 * 256 * 128 * found.lineages["seed"].shape.train_flops_per_token(128)  # models, sequences, tokens
+    assert found.lineages["a"].flops == pytest.approx(found.lineages["soup"].flops + passes)
+    assert found.lineages["a"].tokens == found.lineages["soup"].tokens
     assert found.lineages["btx"].stages[2][0] == "curvature/fisher/seed"
 
 
