@@ -41,11 +41,15 @@ def proof(case: Case, found: Weights | None) -> Finding:
             "proof", "look", f"{where}absent: experts were not compared with their models", None, "proof.json", do
         )
     with reading(path, "prove it again (--prove), or assemble again"):
-        worst = max(map(float, [*written["one_hot_errors"].values(), written.get("gated_sum_error", 0.0)]))
+        alone, others = written["one_hot_errors"], ("gated_sum_error", "base_error", "fold_error")
+        worst = max(map(float, [0.0, *alone.values(), *(written[name] for name in others if name in written)]))
     if not worst <= TOLERANCE:
-        said = f"{where}an expert alone, or the gated sum, is off by {worst:.1e} of the largest value"
+        said = f"{where}an expert alone, the base, the gated sum or the fold is off by {worst:.1e} of the largest value"
         return Finding("proof", "bad", said, worst, f"at most {TOLERANCE:g}", "assemble again; do not use this mixture")
-    said = f"{where}experts equal their models within {worst:.1e}"
+    what = "logits equal those before folding" if "fold_error" in written else "experts equal their models"
+    said = f"{where}{what} within {worst:.1e}"
+    if not alone and "fold_error" not in written:
+        said = f"{where}expert tensors are their models'; none was compared alone, because α or an election changes it at once"
     ok = Finding("proof", "ok", said, worst, f"at most {TOLERANCE:g}")
     if case.state != "assembled" or found is None:
         return ok

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from evals.doctor import examine
+from evals.doctor_case import read_case
 from launch.lineage import train_flops
 from tests.domains import two_domains
 from tests.ranks import run_job
@@ -225,3 +227,14 @@ def test_a_run_costs_its_forwards_once_each_and_its_decisions(made):
     merging = 2 * plain.experts * plain.mlp * plain.mixtures * 5 // 16
     one = replace(plain, combine=replace(plain.combine, segment=16))
     assert plain.forward_flops_per_token(16) - one.forward_flops_per_token(16) == merging
+
+
+def test_the_doctor_and_explain_know_a_folded_mixture_and_one_that_was_proved_in_part(made, tmp_path):
+    prove(made.mixture("ties"), made.sources("llama"))
+    found = {finding.check: finding for finding in examine(read_case(made.mixture("ties")))}
+    assert found["proof"].verdict == "ok" and "none was compared alone, because α or an election" in found["proof"].said
+    fold(made.mixture("ties"), tmp_path / "folded")
+    found = {finding.check: finding for finding in examine(read_case(tmp_path / "folded"))}
+    assert found["proof"].verdict == "ok" and "logits equal those before folding within" in found["proof"].said
+    notes = explain(tmp_path / "folded").notes
+    assert any(note.startswith("folded; before that, weights are merged once a decision: B + 0.9") for note in notes)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from upcycle.directories import INDEX, resolve
 from upcycle.durable import read_object
-from upcycle.explanation import Explanation, TensorRow
+from upcycle.explanation import Explanation, TensorRow, combined_in_words
 from upcycle.kinds import COMBINE
 from upcycle.merge_config import MergeConfig, from_record
 from upcycle.mixture_config import AssembleConfig
@@ -53,6 +53,8 @@ def explain(directory: str | Path) -> Explanation:
             "from scratch: every weight was drawn at random, and names of models say where experts stand, no more"
         )
     notes += [_edit(one) for one in (assembly or {}).get("edits", [])]
+    if folded := (assembly or {}).get("folded"):
+        notes.append(f"folded; before that, {combined_in_words(COMBINE | folded | {'of': 'weights'})}")
     proof = read_json(directory / "proof.json")
     if proof is None:
         notes.append("proof.json is missing: these weights were not compared with the experts they came from")

@@ -20,7 +20,7 @@ from upcycle.families import family_of
 from upcycle.kinds import BENDING, COMBINE
 from upcycle.modeling import UpcycledForCausalLM
 from upcycle.pieces import check_tensors
-from upcycle.proof import TOLERANCE
+from upcycle.proof import TOLERANCE, write_proof
 from upcycle.router import RoutingTrace
 
 
@@ -54,7 +54,10 @@ def fold(directory: str | Path, out: str | Path, prove: bool = True, max_shard_b
     with atomic_directory(out) as partial:
         _write(mixture, new, changed, partial, max_shard_bytes)
         _copy_record(directory, partial, config)
-        difference = _difference(partial, tokens, before, mixture.dtype()) if before is not None else None
+        difference = None
+        if before is not None:
+            difference = _difference(partial, tokens, before, mixture.dtype())
+            write_proof(partial, {"one_hot_errors": {}, "fold_error": difference})
     return Edited(out, tuple(new.experts), (), difference)
 
 
