@@ -47,6 +47,7 @@ def drift(assembled: Path, trained: Path) -> dict[str, Any]:
         return math.sqrt(moved[key] / size[key]) if size[key] else None
 
     found: dict[str, Any] = {"rest": distance("rest")}
+    found |= {name: distance(name) for name in ("base", "curvature") if size[(name,)]}
     for part in config.parts:
         experts = range(len(config.names_of(part)))
         found[part] = {
@@ -59,12 +60,16 @@ def drift(assembled: Path, trained: Path) -> dict[str, Any]:
 
 
 def _parts(piece: Piece, config: UpcycledConfig, old: Tensor, new: Tensor) -> Iterator[tuple[tuple, Tensor, Tensor]]:
-    """What of a tensor belongs to whom: ((sublayer, layer, expert) or ("rest",), as assembled, as trained)."""
+    """What of a tensor belongs to whom: ((sublayer, layer, expert), or a word for what all have, as assembled, as trained)."""
     family = family_of(config.seed)
     inside = piece.target.removeprefix(f"model.decoder.{family.layers}.")
     layer, _, name = inside.partition(".")
     part = "attention" if name.startswith(f"{family.attention}.") else "ffn"
-    if piece.origin == "stacked" and piece.unstack is not None:
+    if piece.sublayer == "base" or ".curvature_" in piece.target:
+        yield ("base" if piece.sublayer == "base" else "curvature",), old, new
+    elif piece.origin == "mean":
+        yield ("base",), old, new
+    elif piece.origin == "stacked" and piece.unstack is not None:
         for expert in range(len(config.names_of(piece.sublayer))):
             for first, second in zip(piece.unstack(old, expert), piece.unstack(new, expert), strict=True):
                 yield (piece.sublayer, int(layer), expert), first, second

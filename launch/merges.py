@@ -57,6 +57,7 @@ class Curvature:
         texts = {name: texts_of(self.cfg, name) for name in members}
         config = {
             "options": learned_options(merge),
+            "merge": merge,
             "weights": {name: merge.weights.get(name, 1.0) for name in members},
             "texts": texts,
             "sequence_length": self.cfg.curvature.sequence_length,

@@ -40,9 +40,11 @@ def data(tmp_path_factory) -> dict[str, Path]:
     return {name: write_tokens(root / name, rng_seed=n) for n, name in enumerate(NAMES)}
 
 
-def settings(assemble=None, weights=None, **options) -> dict:
+def settings(assemble=None, weights=None, merge=None, **options) -> dict:
+    own = {"steps": 12, "batch_sequences": 2, **options}
     return {
-        "options": check_options("camex", {"steps": 12, "batch_sequences": 2, **options}),
+        "options": check_options("camex", own),
+        "merge": merge or MergeConfig(method="camex", options=own),
         "weights": weights or dict.fromkeys(NAMES, 1.0),
         "texts": {name: {name: 1.0} for name in NAMES},
         "sequence_length": 8,

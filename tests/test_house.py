@@ -221,6 +221,14 @@ def test_the_table_of_routers_is_the_generated_one():
             assert abs(model[field] / bam[field] - 1) <= 0.01
 
 
+def test_the_table_of_merges_is_the_generated_one():
+    from evals.merging_table import PAGE, markdown, methods_of
+
+    summary = json.loads(PAGE.with_suffix(".json").read_text())
+    found = re.search(r"<!-- table: merging -->\n(.*?)\n<!-- /table -->", PAGE.read_text(), re.S)
+    assert found is not None and found.group(1).strip() == markdown(summary, methods_of(summary)).strip()
+
+
 def test_readme_replicates_are_the_generated_ones():
     from evals.replicates import markdown
 

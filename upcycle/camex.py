@@ -24,6 +24,13 @@ from .routing import Routing
 from .soft_merging import Runs, SoftMergedExperts, Weights, merged
 
 
+def without(tensor: Tensor, expert: int | None, dim: int) -> Tensor:
+    """The same with zeros in one expert's place, so that sums over experts do not know it."""
+    if expert is None:
+        return tensor
+    return tensor.index_fill(dim, torch.tensor([expert], device=tensor.device), 0)
+
+
 def elected(tau: Tensor) -> Tensor:
     """τ_e where its sign is that of Σ_e τ_e, else 0 (TIES' election without its trimming). tau (..., E, ·, ·)."""
     return tau * (tau * tau.sum(-3, keepdim=True) > 0)
@@ -94,6 +101,7 @@ class CamexExperts(SoftMergedExperts):
                 tau = tau - (base[name].unsqueeze(1) if base[name].dim() == tau.dim() else base[name])
             if self.training and self.combine["drop"]:
                 tau = F.dropout(tau, self.combine["drop"])
+            tau = without(tau, trace.removed_expert(f"ffn.{self.layer}"), -2 if name.endswith("bias") else -3)
             if name.endswith("bias"):
                 found[name] = self.combine["alpha"] * tau
                 continue
@@ -117,7 +125,8 @@ class CamexExperts(SoftMergedExperts):
         delta = self.bent(base, trace)
         if update in ("travel", "per_layer"):
             assert base is not None
-            moved = {name: one + delta[name].mean(0) for name, one in base.items()}
+            count = self.num_experts - (trace.removed_expert(f"ffn.{self.layer}") is not None)
+            moved = {name: one + delta[name].sum(0) / count for name, one in base.items()}
             if update == "per_layer":
                 return moved, self.bent(moved, trace)
             trace.bases.setdefault(self.following, moved)  # a recomputation finds the first one's
@@ -132,15 +141,8 @@ class ChainedExperts(CamexExperts):
         assert routing.run is not None and base is not None
         runs = Runs(routing.run)
         gates_NE = runs.gates(routing, self.num_experts)
-        made = {}
-        for name, one in delta.items():
-            gates = gates_NE.to(one.dtype)
-            own = (
-                base[name] + torch.einsum("ne,ne...->n...", gates, one)
-                if self.receives
-                else merged(gates, base[name], one)
-            )
-            made[name] = own
+        with torch.autocast(hidden_TD.device.type, enabled=False):  # a base is handed on in the weights' own dtype
+            made = {name: self.merged_of(gates_NE.to(one.dtype), base[name], one) for name, one in delta.items()}
         trace.bases.setdefault(self.following, made)
 
         def linear(name: str, x_NLI: Tensor) -> Tensor:
@@ -149,6 +151,12 @@ class ChainedExperts(CamexExperts):
             return out_NLO if bias is None else out_NLO + bias.unsqueeze(1).to(out_NLO.dtype)
 
         return runs.tokens(self.feed_forward(linear, runs.block(hidden_TD)))
+
+    def merged_of(self, gates_NE: Tensor, base: Tensor, delta: Tensor) -> Tensor:
+        """(N, ...): of each decision, from a base that is every decision's own where it comes from the layer before."""
+        return (
+            base + torch.einsum("ne,ne...->n...", gates_NE, delta) if self.receives else merged(gates_NE, base, delta)
+        )
 
 
 def merging_experts(config: Any, mlp: nn.Module, layer: int) -> SoftMergedExperts | None:

@@ -3,7 +3,7 @@
 Each step merges the models, θ = θ_m + α Σ s_i M_i τ_i, and takes the mean loss over the models' own texts. Of a mixture, what is
 merged is what is no expert's: then each model's text goes through its own experts inside the merged rest, as an oracle router would
 send it. s = softmax of one logit a model, M = I and the given weights at first, so that learning starts from the weighted average.
-Memory: all models and the merged one in fp32, and the activations of one batch.
+Memory: all models, the merged one and its gradient in fp32, and the activations of one batch.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from upcycle.assembly import upcycled_config
 from upcycle.batches import Batches, consumed_tokens, run_key
 from upcycle.camex_merging import base_of, combined
-from upcycle.checkpoint import Checkpoint, CheckpointWriter
+from upcycle.checkpoint import Checkpoint, CheckpointWriter, Stored
 from upcycle.cost import Shape, placed
 from upcycle.durable import write_json
 from upcycle.kronecker import FACTORS, LARGEST_FACTOR, factor_pair
 from upcycle.kronecker_map import start
+from upcycle.merge import kinds_of
+from upcycle.merge_config import MergeConfig
+from upcycle.merger import Merger
 from upcycle.merging import SEED, Member, Merging
 from upcycle.mixture_config import AssembleConfig
 from upcycle.pieces import plan_pieces
@@ -117,6 +120,7 @@ def learn(
     model: nn.Module,
     states: Mapping[str, Mapping[str, Tensor]],
     merged: Collection[str],
+    constant: Mapping[str, Tensor],
     facts: Mapping[str, TensorFacts],
     texts: Mapping[str, Batches],
     weights: Mapping[str, float],
@@ -127,7 +131,8 @@ def learn(
     """Returns what was learned, and the loss of every step.
 
     model: of the seed's class; its own weights are not read. states: fp32 tensors of every model, the seed's ("seed") too whether or not it has a
-    share. merged: the tensors that are merged; the others are each model's own. texts: each model's training text. weights: of those
+    share. merged: the tensors that are learned to be merged. constant: those that are merged otherwise, as they come out. The others are each model's
+    own. texts: each model's training text. weights: of those
     that have a share, above 0. options: of merge=camex (camex_merging.camex).
     """
     shapes = {name: tuple(states[SEED][name].shape) for name in merged}
@@ -144,8 +149,12 @@ def learn(
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.zero_grad()
-        made = {name: _merged(name, learned, states, bases[name], options["alpha"]) for name in merged}
-        losses.append(_backward(model, states, made, texts, learned.names, step))
+        with torch.no_grad():
+            leaves = {name: _merged(name, learned, states, bases[name], options["alpha"]) for name in merged}
+        losses.append(_backward(model, states, constant, leaves, texts, learned.names, step))
+        for name, leaf in leaves.items():  # tensor by tensor, so that what merging keeps for backward is of one
+            if leaf.grad is not None:
+                _merged(name, learned, states, bases[name], options["alpha"]).backward(leaf.grad)
         optimizer.step()
         learned.pull(rate * options["decay"])
         advance(step + 1, steps, doing=f"curvature learned, loss {losses[-1]:.3f}")
@@ -160,7 +169,9 @@ def learn_from(
     seed = checkpoints[SEED]
     check_alike(seed, {name: one for name, one in checkpoints.items() if name != SEED})
     dense = AutoConfig.from_pretrained(models[SEED])
-    merged = merged_tensors(dense, seed.names, list(config["weights"]), config["assemble"])
+    facts, merge = tensor_facts(dense), config["merge"]
+    there = merged_tensors(dense, seed.names, list(models), config["assemble"])
+    merged = [name for name in there if "camex" in kinds_of(merge.of(facts.get(name, UNKNOWN).role))]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     states = {
         name: {tensor: one.get(tensor).float().to(device) for tensor in seed.names} for name, one in checkpoints.items()
@@ -172,8 +183,30 @@ def learn_from(
     }
     model: Any = AutoModelForCausalLM.from_pretrained(models[SEED], dtype=torch.float32)
     model.to(device).eval()
-    facts, weights = tensor_facts(dense), config["weights"]
-    return learn(model, states, merged, facts, texts, weights, options, config["rng_seed"], advance)
+    constant = {
+        name: one.to(device)
+        for name, one in _otherwise(merge, seed, checkpoints, dense, set(there) - set(merged)).items()
+    }
+    return learn(model, states, merged, constant, facts, texts, config["weights"], options, config["rng_seed"], advance)
+
+
+def _otherwise(
+    merge: MergeConfig, seed: Checkpoint, models: Mapping[str, Checkpoint], dense: Any, names: Collection[str]
+) -> dict[str, Tensor]:
+    """The tensors of roles that go another way, merged. Raises ValueError: by curvature, which is not at hand here."""
+    ways = [merge.of(role) for role in merge.roles] + [merge.of("")]
+    if kinds := {kind for way in ways for kind in kinds_of(way)} - {"camex"}:
+        raise ValueError(
+            f"merge={merge.words}: learning camex beside a role that reads other curvature ({', '.join(sorted(kinds))}) is not possible; choose a "
+            "method without curvature for that role, or curvature=fisher or kfac for camex"
+        )
+    merger = Merger(merge, seed, dense, list(models))
+    return {
+        name: seed.get(name).float()
+        if merger.keeps_seed(name)
+        else merger.merged(name, {who: Stored(one, name) for who, one in models.items()}, torch.float32)
+        for name in names
+    }
 
 
 def merged_tensors(dense: Any, names: Sequence[str], models: Sequence[str], choice: AssembleConfig | None) -> list[str]:
@@ -213,6 +246,8 @@ def write_learned(learned: Learned, losses: Sequence[float], config: Mapping[str
 
 
 def _base(name: str, states: Mapping[str, Mapping[str, Tensor]], weights: Mapping[str, float], base: str) -> Tensor:
+    if base in states:
+        return states[base][name]
     members = {model: Member(states[model][name], weight) for model, weight in weights.items()}
     return base_of(Merging(name, members, Member(states[SEED][name])), base)
 
@@ -229,21 +264,20 @@ def _merged(
 def _backward(
     model: nn.Module,
     states: Mapping[str, Mapping[str, Tensor]],
-    made: Mapping[str, Tensor],
+    constant: Mapping[str, Tensor],
+    leaves: Mapping[str, Tensor],
     texts: Mapping[str, Batches],
     names: Collection[str],
     step: int,
 ) -> float:
-    """Mean loss over the models' texts, and its gradient on what is learned; one model's activations at a time."""
-    leaves = {name: one.detach().requires_grad_() for name, one in made.items()}
+    """Mean loss over the models' texts, and its gradient on `leaves`, the merged tensors; one model's activations at a time."""
+    for leaf in leaves.values():
+        leaf.requires_grad_()
     total = 0.0
     for name in names:
         ids = torch.from_numpy(texts[name].batch(step)).to(next(iter(leaves.values())).device)
-        own = {tensor: one for tensor, one in states[name].items() if tensor not in leaves}
-        logits = functional_call(model, {**own, **leaves}, (ids,), {"use_cache": False}).logits
+        logits = functional_call(model, {**states[name], **constant, **leaves}, (ids,), {"use_cache": False}).logits
         loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()) / len(names)
         loss.backward()
         total += loss.item()
-    pairs = [(made[name], leaf.grad) for name, leaf in leaves.items() if leaf.grad is not None]
-    torch.autograd.backward([one for one, _ in pairs], [grad for _, grad in pairs])
     return total

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import wraps
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from upcycle.curvature_merging import NotNegative, Positive, Share, fisher, mats
+from upcycle.curvature_merging import NotNegative, Positive, Share, Solved, fisher, mats_solved
 from upcycle.kronecker import FACTORS
 from upcycle.kronecker_map import apply_map
 from upcycle.merging import Merging, average
@@ -21,7 +22,7 @@ KEYS = (
 Count = Annotated[int, Field(ge=1)]
 
 
-def camex(
+def camex_solved(
     merging: Merging,
     *,
     curvature: Literal["learned", "fisher", "kfac", "identity"] = "learned",
@@ -37,8 +38,8 @@ def camex(
     iterations: Count = 100,
     tolerance: Positive = 1e-5,
     decay: NotNegative = 0.0,
-) -> Tensor:
-    """θ* = θ_m + α Σ_i M_i (s_i (θ_i − θ_m)) (arXiv:2502.18821, eq. 3, without a router). Returns fp32.
+) -> Solved:
+    """θ* = θ_m + α Σ_i M_i (s_i (θ_i − θ_m)) (arXiv:2502.18821, eq. 3, without a router), fp32; and whether K-FAC's system was solved.
 
     base: θ_m, "seed", "mean" of the members, "zeros", or a member. curvature: M_i and s_i,
         learned   Kronecker factors of `rank` and Σ s = 1, as `camex_learning.learn` leaves them after `steps` of `batch_sequences`
@@ -50,17 +51,24 @@ def camex(
     Raises ValueError: a base that is no member; statistics that are missing (`Merging.statistic`).
     """
     if curvature == "learned":
-        return _learned(merging, base, alpha)
-    if curvature == "fisher":
-        merged = fisher(merging, floor=floor, normalise=normalise)
-    elif curvature == "kfac":
-        merged = mats(merging, curvature="kfac", off_diagonal=off_diagonal, iterations=iterations, tolerance=tolerance)
+        return Solved(_learned(merging, base, alpha), 0, 0.0, True)
+    if curvature == "kfac":
+        found = mats_solved(
+            merging, curvature="kfac", off_diagonal=off_diagonal, iterations=iterations, tolerance=tolerance
+        )
+    elif curvature == "fisher":
+        found = Solved(fisher(merging, floor=floor, normalise=normalise), 0, 0.0, True)
     else:
-        merged = average(merging)
+        found = Solved(average(merging), 0, 0.0, True)
     if alpha == 1:
-        return merged
+        return found
     start = base_of(merging, base)
-    return start + alpha * (merged - start)
+    return found._replace(tensor=start + alpha * (found.tensor - start))
+
+
+@wraps(camex_solved, assigned=("__annotations__", "__doc__"))
+def camex(merging: Merging, **options: Any) -> Tensor:
+    return camex_solved(merging, **options).tensor
 
 
 def base_of(merging: Merging, base: str) -> Tensor:
@@ -84,6 +92,10 @@ def _learned(merging: Merging, base: str, alpha: float) -> Tensor:
         thetas.append(member.tensor.float())
         scores.append(merging.statistic("camex_score", name, member).float())
         held = {one: member.statistics.get(f"camex_{one}") for one in FACTORS}
+        if len(merging.shape) == 2 and all(factor is None for factor in held.values()):
+            raise ValueError(
+                f"merge of {merging.name}: no curvature of {name} was learned for it; learn it for this very merge"
+            )
         factors.append({one: factor.float() for one, factor in held.items() if factor is not None})
     return combined(base_of(merging, base), thetas, scores, factors, alpha)
 

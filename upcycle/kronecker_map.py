@@ -7,9 +7,11 @@ This file travels inside checkpoints as remote code: it imports `.kronecker` onl
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .kronecker import FACTORS
 
@@ -39,8 +41,33 @@ def start(name: str, shape: tuple[int, ...], generator: torch.Generator | None =
 def apply_map(factors: Mapping[str, Tensor], tau: Tensor) -> Tensor:
     """M τ for each expert and matrix; tau (..., E, P·O, I). Nothing of size O·O or I·I is made, but in the linear control, τ Lᵀ.
 
-    Factors of columns alone (in1, in2) leave the rows as they are: of an embedding, these are words.
+    Factors of columns alone (in1, in2) leave the rows as they are: of an embedding, these are words. Memory: τ is kept for backward, and
+    what lies between is made again there.
     """
+    return _Mapped.apply(list(factors), tau, *factors.values())  # pyright: ignore[reportReturnType]
+
+
+class _Mapped(torch.autograd.Function):
+    """`_map`, whose intermediate results, each as large as rank · τ, are not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, names: list[str], tau: Tensor, *factors: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.names = names
+        ctx.save_for_backward(tau, *factors)
+        return _map(dict(zip(names, factors, strict=True)), tau)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        needed = ctx.needs_input_grad[1:]
+        inputs = [one.detach().requires_grad_(wanted) for one, wanted in zip(ctx.saved_tensors, needed, strict=True)]
+        with torch.enable_grad():
+            out = _map(dict(zip(ctx.names, inputs[1:], strict=True)), inputs[0])
+        found = iter(torch.autograd.grad(out, [one for one in inputs if one.requires_grad], gradient))
+        return None, *(next(found) if wanted else None for wanted in needed)
+
+
+def _map(factors: Mapping[str, Tensor], tau: Tensor) -> Tensor:
     matrices = next(iter(factors.values())).shape[1]
     shape = tau.shape
     tau = tau.unflatten(-2, (matrices, -1))

@@ -121,6 +121,7 @@ def _measured(
             told = Run(say=ignore, advance=lambda done, total, **_: advance(done, total, doing="curvature learned"))
             learned: dict[str, Any] = {
                 "options": learned_options(config),
+                "merge": config,
                 "weights": {name: config.weights.get(name, 1.0) for name in names},
                 "texts": {name: {name: 1.0} for name in names},
                 "sequence_length": samples.sequence_length,

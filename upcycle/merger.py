@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from upcycle.camex_merging import camex_solved
 from upcycle.checkpoint import Checkpoint, Stored, is_finite
 from upcycle.curvature_merging import mats_solved
 from upcycle.merge import KEPT, METHODS, OF_LINEARS, by_linears_only, check_merge, needed_statistics, readers
@@ -23,6 +24,7 @@ from upcycle.merge_config import MergeConfig, RoleConfig
 from upcycle.merging import OF_MODELS, SEED, Member, Merging, Readable
 from upcycle.roles import UNKNOWN, tensor_facts
 
+SOLVERS = {"mats": mats_solved, "camex": camex_solved}  # methods that may stop before they are done
 STEM = "curvature"  # of the files that `stages.measure_curvature` writes
 
 
@@ -177,8 +179,8 @@ class Merger:
         return cast
 
     def _made(self, way: RoleConfig, merging: Merging) -> Tensor:
-        if way.method != "mats":
+        if way.method not in SOLVERS:
             return METHODS[way.method](merging, **way.options)
-        solved = mats_solved(merging, **METHODS["mats"].checked(way.options))
+        solved = SOLVERS[way.method](merging, **METHODS[way.method].checked(way.options))
         self.unconverged += not solved.converged
         return solved.tensor

@@ -162,7 +162,10 @@ class SoftMergedExperts(nn.Module):
         return base, experts if base is None else {name: one - base[name] for name, one in experts.items()}
 
     def forward(self, hidden_TD: Tensor, routing: Routing, trace: Any) -> Tensor:
-        base, delta = self.weights(trace)
+        with torch.autocast(
+            hidden_TD.device.type, enabled=False
+        ):  # differences are small beside the weights they are of
+            base, delta = self.weights(trace)
         decided_T = routing.decided
         if base is None or decided_T is None or not self.base_first or decided_T.all():
             return self.decided(hidden_TD, routing, base, delta, trace)

@@ -185,7 +185,7 @@ def learn_camex(
 ) -> None:
     """The curvature and the scores of a CAMEx merge, in a directory for each model, as statistics that the merge reads.
 
-    config: `options` of merge=camex; `weights` of the models that have a share; `texts`, the shares of domains of each; `sequence_length`;
+    config: `merge`, and its `options` of camex; `weights` of the models that have a share; `texts`, the shares of domains of each; `sequence_length`;
     `rng_seed`; `assemble`, of the mixture whose non-experts are merged, or None, for a dense model.
     """
     from upcycle.camex_learning import learn_from, write_learned
