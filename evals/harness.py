@@ -7,7 +7,8 @@ Quirks of lm-eval 0.4.13 that this file works around or lives with:
 - `simple_evaluate` returns nothing where LOCAL_RANK is not 0, so ranks call `evaluate`, and fill in the rest of it here.
 - Splitting a task's questions over ranks would give each rank other few-shot examples (one generator for all questions);
   whole tasks are split instead.
-- Batches are padded on the right without a mask. All routers are causal in evaluation, so nothing that counts sees it.
+- Batches are padded on the right without a mask. Routers are causal in evaluation, so nothing that counts sees it; those that are not
+  (pool.first=own_mean) are refused.
 - A task whose file says `num_fewshot: 0` keeps it: its prompt has no place for examples.
 - A standard error of a mean takes questions for independent; for continuations, which come several from one document, ours
   does not. Of equal choices argmax takes the first.
@@ -95,8 +96,12 @@ def quiet() -> Iterator[None]:
 def in_memory(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: TasksConfig) -> HFLM:
     """The model as lm-eval calls it, where it is. Logits become probabilities in fp32.
 
-    Raises ValueError: inputs longer than the model's positions.
+    Raises ValueError: inputs longer than the model's positions; a router that looks ahead.
     """
+    if getattr(model.config, "leaks", 0):
+        raise ValueError(
+            "this mixture routes its first tokens by later ones (pool.first=own_mean), the answers of tasks among them; no task is a test of it"
+        )
     own = check_positions(model, config.sequence_length, "tasks.sequence_length")
     with quiet():
         return HFLM(

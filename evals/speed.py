@@ -23,7 +23,8 @@ def training_flops_per_second(model, config: TrainConfig) -> float:
 
     The median of MEASURED steps after WARM_UP, so that another program's moment does not count. `model` is trained in place.
     """
-    flops = Shape.of_config(model.config.to_dict()).train_flops_per_token(config.sequence_length)
+    shape = Shape.of_config(model.config.to_dict())
+    flops = shape.step_flops_per_token(config.sequence_length, config.micro_batch_sequences)
     steps = WARM_UP + MEASURED
     short = replace(
         config, tokens=steps * config.batch_tokens, proportions={"random": 1.0}, phases=(PhaseConfig(),),

@@ -108,6 +108,11 @@ def _check_tasks(cfg: Config) -> None:
     except ValueError as error:
         raise ValueError(f"tasks.{error}".replace("tasks.tasks.", "tasks.")) from None
     for name, mixture in cfg.mixtures.items():
+        if mixture.assemble.router.pool.first == "own_mean":
+            raise ValueError(
+                f"mixtures.{name} routes its first tokens by later ones (router.pool.first=own_mean), the answers of tasks among them; leave out "
+                "that mixture, or tasks"
+            )
         kinds = (mixture.assemble.router.kind, mixture.assemble.attention_router.kind)
         if "oracle" in kinds and (outside := [one.name for one in found if one.domain is None]):
             raise ValueError(

@@ -51,11 +51,8 @@ class Lineage:
 
 def train_flops(shape: Shape, config: TrainConfig) -> float:
     """FLOPs of a whole training run of a model of this shape."""
-    forwards = config.steps * config.batch_sequences // config.micro_batch_sequences
-    return (
-        config.steps * config.batch_tokens * shape.train_flops_per_token(config.sequence_length)
-        + 3 * forwards * shape.fixed_flops
-    )
+    each = shape.step_flops_per_token(config.sequence_length, config.micro_batch_sequences)
+    return config.steps * config.batch_tokens * each
 
 
 def consumed(train: TrainConfig) -> dict[str, int]:

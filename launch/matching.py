@@ -40,7 +40,9 @@ def matched(train: TrainConfig, match: str, start: Lineage, reference: Lineage |
         )
     proportions = {domain: count / total for domain, count in left.items() if count}
     if match == "compute":
-        per_step = train.batch_tokens * start.shape.train_flops_per_token(train.sequence_length)
+        per_step = train.batch_tokens * start.shape.step_flops_per_token(
+            train.sequence_length, train.micro_batch_sequences
+        )
         total = max(1, round(flops_left / per_step)) * train.batch_tokens
     found = replace(train, tokens=total, proportions=proportions)
     plan_phases(found, where)

@@ -355,5 +355,7 @@ def _row(cfg: Config, name: str, kind: str, lineage: Lineage) -> dict[str, Any]:
         "train_flops": lineage.flops,
         "stages": lineage.stages,
         "learning_rate": train.lr if train else None,
-        "flops_per_token": lineage.shape.train_flops_per_token(train.sequence_length) if train else None,
+        "flops_per_token": lineage.shape.step_flops_per_token(train.sequence_length, train.micro_batch_sequences)
+        if train
+        else None,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from evals.doctor import examine
 from evals.doctor_case import read_case
+from evals.drift import drift
 from launch.lineage import train_flops
 from tests.domains import two_domains
 from tests.ranks import run_job
@@ -145,7 +147,7 @@ def test_a_base_that_is_not_the_mean_is_noticed(made, tmp_path):
         prove(tmp_path, sources)
 
 
-@pytest.mark.parametrize("name", [name for name in CHOICES if name != "zeros"])
+@pytest.mark.parametrize("name", CHOICES)
 @torch.no_grad()
 def test_copies_of_the_seed_are_the_seed(made, name):
     ours, seed = (
@@ -208,12 +210,38 @@ def test_a_run_goes_on_bit_for_bit_and_its_curvature_has_moved(made, data, name)
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3"])
 def test_two_ranks_are_one_under_every_strategy(made, data, strategy):
     names = ["ca", "travel", "previous", "shared_map", "soft_merging"]
-    checkpointed = settings() | {"gradient_checkpointing": True}
-    launch([job(made, data, name, strategy, train=checkpointed) for name in names], data, strategy)
+    ways = [settings() | {"gradient_checkpointing": bool(number % 2)} for number in range(len(names))]
+    launch([job(made, data, name, strategy, train=way) for name, way in zip(names, ways, strict=True)], data, strategy)
     for name in names:
         run_job(job(made, data, name, f"single-{strategy}"))
         ours, single = (rows(data / out / name) for out in (strategy, f"single-{strategy}"))
         assert largest_difference(ours, single) <= 1e-4, name
+
+
+@pytest.mark.parametrize("name", ["ca", "shared_map", "mean", "soft_merging"])
+def test_drift_knows_experts_router_base_and_curvature_apart(made, tmp_path, name):
+    """One of each grows by a tenth, and that one alone has moved."""
+    before = made.mixture(name)
+    state = load_file(before / "model.safetensors")
+    parts = {
+        "experts": ".experts.down_proj",
+        "router": ".router.weight",
+        "base": ".base_down_proj",
+        "curvature": "curvature_down_in1",
+    }
+    for part, word in parts.items():
+        touched = {key: 1.1 * one for key, one in state.items() if word in key}
+        if not touched:
+            continue
+        after = tmp_path / part
+        shutil.copytree(before, after)
+        save_file(state | touched, after / "model.safetensors", metadata={"format": "pt"})
+        found = drift(before, after)
+        moved = {"experts": found["ffn"]["distance"], "router": found["ffn"]["router"]}
+        moved |= {key: [[found[key]]] for key in ("base", "curvature") if key in found}
+        assert found["rest"] == 0 and all(
+            (one > 0) == (key == part) for key, rows in moved.items() for row in rows for one in row
+        )
 
 
 def test_a_run_costs_its_forwards_once_each_and_its_decisions(made):
@@ -225,6 +253,7 @@ def test_a_run_costs_its_forwards_once_each_and_its_decisions(made):
     assert fixed > 0 and per_token[1] - per_token[0] == fixed
     # 16 tokens in segments of 3 are 6 decisions, the first of which is the base's.
     merging = 2 * plain.experts * plain.mlp * plain.mixtures * 5 // 16
+    assert plain.train_flops_per_token(16) == 3 * plain.forward_flops_per_token(16) + merging
     one = replace(plain, combine=replace(plain.combine, segment=16))
     assert plain.forward_flops_per_token(16) - one.forward_flops_per_token(16) == merging
 

@@ -42,6 +42,9 @@ REFUSED = {
     "first segments would go through another layer's feed-forward": {"update": "travel"},
     "pool.first=seed needs the seed among the experts": {"router": {"pool": {"first": "seed"}}},
     "merges whole feed-forwards, got placement.split=2": {"placement": {"split": 2}},
+    "base=mean has no effect with curvature=none, alpha=1 and router.pool.first=uniform": {
+        "base": "mean", "curvature": "none", "router": {"pool": {"first": "uniform"}},
+    },
     "leave differences of 0, which teach no curvature": {"placement": {"experts": "seed"}},
     "is also among placement.experts=['seed', 'code']": {"placement": {"experts": ["seed", "code"]}},
     "alpha: Input should be greater than 0": {"alpha": 0.0},

@@ -110,10 +110,12 @@ def camex_twin(merging: Merging, chosen: dict) -> list[float]:
     by_name |= {who: m.tensor.double() for who, m in merging.members.items()}
     by_name["mean"] = torch.tensor(twin("average", merging, {}), dtype=torch.float64).view(OUT, IN)
     base = by_name[chosen["base"]]
-    if chosen["curvature"] != "learned":
-        same = {"identity": "average", "fisher": "fisher", "kfac": "mats"}[chosen["curvature"]]
-        merged = torch.tensor(twin(same, merging, {}), dtype=torch.float64).view(OUT, IN)
-        return (base + chosen["alpha"] * (merged - base)).flatten().tolist()
+    if chosen["curvature"] != "learned":  # (Σ C)⁻¹ Σ C τ, with C written out, so that Σ s M = I
+        kind = {"curvature": chosen["curvature"], "off_diagonal": chosen["off_diagonal"], "floor": chosen["floor"]}
+        curvatures = [curvature_of(m, kind, m.statistics["fisher_norm"].item()) for _, m in merging.present]
+        taus = [reference.entries_of((m.tensor.double() - base).T) for _, m in merging.present]
+        moved = torch.tensor(reference.general_merge(curvatures, taus), dtype=torch.float64).view(IN, OUT).T
+        return (base + chosen["alpha"] * moved).flatten().tolist()
     members = [m for _, m in merging.present]
     factors = [[m.statistics[f"camex_{one}"].double() for one in FACTORS] for m in members]
     maps = [reference.kronecker_map(list(zip(*own, strict=True))) for own in factors]

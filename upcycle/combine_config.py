@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from upcycle.config import STRICT
-from upcycle.kinds import BENDING
+from upcycle.kinds import BENDING, COMBINE
 
 BASES = ("none", "zeros", "mean")  # or a model's name
 
@@ -98,6 +98,13 @@ class CombineConfig:
         if placement.split > 1 or placement.blend or placement.match != "none":
             raise ValueError(
                 f"combine.of=weights merges whole feed-forwards, got placement.{placement.changes_experts}; leave it out"
+            )
+        bends = any(getattr(self, name) != COMBINE[name] for name in BENDING)
+        sums = router.kind == "soft" or router.gate_order == "topk_softmax"
+        if self.base != "none" and not bends and router.pool.first != "base" and sums:
+            raise ValueError(
+                f"combine.base={self.base} has no effect with curvature=none, alpha=1 and router.pool.first={router.pool.first}: gates sum to 1, and "
+                "B + Σ gate (E − B) is Σ gate E; write base=none"
             )
         if self.curvature != "none" and placement.experts == "seed" and self.base in ("seed", "mean"):
             raise ValueError(

@@ -50,7 +50,7 @@ class UpcycledConfig(PretrainedConfig):
     tie: "none", "layers" (the first layer decides for all), "sublayers" (the feed-forward router has the attention router's
     logits) or "skip" (a router adds the logits of the layer before). balance to entropy_coefficient: the feed-forward
     routers' losses; attention_losses: the same fields for the attention's. routed_layers: those that are mixtures (None: all).
-    combine: whether outputs or weights of feed-forward experts are combined, and how (camex.COMBINE).
+    combine: whether outputs or weights of feed-forward experts are combined, and how (kinds.COMBINE).
     """
 
     model_type = "upcycled"

@@ -255,8 +255,12 @@ class Shape:
         return self.layers * each + table * (1 if self.tied else 2)
 
     def train_flops_per_token(self, sequence_length: int) -> int:
-        """Forward and backward: three times the forward."""
-        return 3 * self.forward_flops_per_token(sequence_length)
+        """Forward and backward: three times the forward; merged weights are merged once more in backward."""
+        return 3 * self.forward_flops_per_token(sequence_length) + self._merging_flops(sequence_length)
+
+    def step_flops_per_token(self, sequence_length: int, sequences: int) -> float:
+        """The same with what a forward costs once, however many tokens it has. sequences: of a forward, a micro-batch."""
+        return self.train_flops_per_token(sequence_length) + 3 * self.fixed_flops / (sequences * sequence_length)
 
     @property
     def train_bytes(self) -> int:

@@ -31,7 +31,7 @@ def fold(directory: str | Path, out: str | Path, prove: bool = True, max_shard_b
 
     for any α and any scores, so the result is soft merging of the E_e', without a curvature; a base that travels is written
     down in every layer, and left out where scores sum to 1 everywhere, since it cancels. prove: `out` appears only when both
-    mixtures' logits are equal in fp32. Memory: the mixture in fp32, for the proof twice.
+    mixtures' logits are equal in fp32, with each expert alone too. Memory: the mixture in fp32, for the proof twice.
     Raises ValueError: no mixture there, or one without anything to fold; `update: previous_merged`, whose base is what a text's
     own decisions made of the layer before; a base of zeros that travels beside scores that do not sum to 1; `out` is not new or empty.
     """
@@ -48,15 +48,13 @@ def fold(directory: str | Path, out: str | Path, prove: bool = True, max_shard_b
     mixture.check()
     check_tensors(mixture, config)
     model: Any = UpcycledForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    tokens, before = _logits(model, prove)
+    before = _logits(model) if prove else []
     changed = _folded_tensors(model)
-    del model
+    difference = _difference(model, new, changed, before) if prove else None
     with atomic_directory(out) as partial:
         _write(mixture, new, changed, partial, max_shard_bytes)
         _copy_record(directory, partial, config)
-        difference = None
-        if before is not None:
-            difference = _difference(partial, tokens, before, mixture.dtype())
+        if difference is not None:
             write_proof(partial, {"one_hot_errors": {}, "fold_error": difference})
     return Edited(out, tuple(new.experts), (), difference)
 
@@ -131,23 +129,26 @@ def _copy_record(directory: Path, out: Path, config: Any) -> None:
 
 
 @torch.no_grad()
-def _logits(model: Any, prove: bool) -> tuple[Tensor, Tensor | None]:
-    """Tokens with two whole segments and more, as far as the model's positions reach, and its logits."""
+def _logits(model: Any) -> list[Tensor]:
+    """Of tokens with two whole segments and more, as far as the model's positions reach, and with each expert alone: where a decision is
+    never made, nothing else would ask for the curvature."""
     config = model.config
     positions = getattr(config.seed, "max_position_embeddings", None) or 2**20
     length = min(2 * config.rule("ffn", config.routed[0]).tokens + 8, positions)
     tokens = torch.randint(0, config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
-    return tokens, model(tokens).logits if prove else None
+    alone = [RoutingTrace(forced={"ffn": expert}) for expert in range(config.num_experts)]
+    return [model(tokens).logits, *(model(tokens[:, :16], trace=trace).logits for trace in alone)]
 
 
-@torch.no_grad()
-def _difference(out: Path, tokens: Tensor, before: Tensor, dtype: torch.dtype) -> float:
-    """Of the logits, as a share of the largest. Below fp32 the folded experts are rounded anew, like any weights of that dtype."""
-    after = UpcycledForCausalLM.from_pretrained(out, dtype=torch.float32).eval()(tokens).logits
-    found = ((after - before).abs().max() / before.abs().max()).item()
-    allowed = max(TOLERANCE, 32 * torch.finfo(dtype).eps)
-    if not found <= allowed:
+def _difference(model: Any, config: UpcycledConfig, changed: dict[str, Tensor], before: list[Tensor]) -> float:
+    """Of the logits, as a share of the largest, before the folded experts are rounded to the checkpoint's dtype. model: is used up."""
+    folded: Any = UpcycledForCausalLM._from_config(config).float().eval()
+    state = model.state_dict() | {name: tensor.float() for name, tensor in changed.items()}
+    folded.load_state_dict({name: state[name] for name in folded.state_dict()})
+    pairs = zip(_logits(folded), before, strict=True)
+    found = max(((after - old).abs().max() / old.abs().max()).item() for after, old in pairs)
+    if not found <= TOLERANCE:
         raise ValueError(
-            f"{out}: the folded mixture's logits differ by {found:.2e} of the largest, expected at most {allowed:.0e}; keep the curvature"
+            f"the folded mixture's logits differ by {found:.2e} of the largest, expected at most {TOLERANCE}; keep the curvature"
         )
     return found

@@ -109,7 +109,8 @@ def _of_merged_weights(model: Any, dense: DenseReference, tokens: Tensor, advanc
             _check_one_hot(model, dense, tokens, index, errors, advance)
     found: dict[str, Any] = {"one_hot_errors": errors}
     alone = model.config.rule("ffn", model.config.routed[0])
-    if alone.first == "base" and alone.tokens >= tokens.shape[1] and combine["update"] == "none" and not dense.shared:
+    if alone.first == "base" and combine["update"] == "none" and not dense.shared:
+        tokens = tokens[:, : alone.tokens]  # the first segment
         dense.take(0)
         dense.take_base()
         with torch.no_grad():

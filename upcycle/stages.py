@@ -95,7 +95,8 @@ def _train_and_save(model, train_config, skip_tokens, data, tokenizer: Path, out
     from upcycle.directories import copy_companions
     from upcycle.train import train, write_trained
 
-    flops = Shape.of_config(model.config.to_dict()).train_flops_per_token(train_config.sequence_length)
+    shape = Shape.of_config(model.config.to_dict())
+    flops = shape.step_flops_per_token(train_config.sequence_length, train_config.micro_batch_sequences)
     engine = train(model, train_config, data, out, run, flops, skip_tokens)
     write_trained(engine, out)
     engine.close()
