@@ -240,6 +240,9 @@ def test_what_has_which_factors_and_what_is_refused():
     two = MergeConfig(method="camex", roles={"norm": RoleConfig(method="camex", options={"rank": 2})})
     with pytest.raises(ValueError, match="two roles learn camex with different options"):
         check_merge(two, NAMES)
+    beside = MergeConfig(method="camex", roles={"norm": RoleConfig(method="fisher")})
+    with pytest.raises(ValueError, match=r"learned beside a role that reads other curvature \(fisher\)"):
+        check_merge(beside, NAMES)
     with pytest.raises(ValueError, match="rank has no effect beside the other options"):
         check_options("camex", {"curvature": "fisher", "rank": 2})
     with pytest.raises(ValueError, match="base has no effect beside the other options"):
@@ -280,3 +283,27 @@ def test_what_learning_reads_and_computes_is_counted():
     of = {48: (6, 8), 24: (4, 6), 128: (8, 16)}
     slow = sum(2 * rows * columns * (sum(of[rows]) + sum(of[columns])) for rows, columns in matrices)
     assert seed.map_flops(1, 1) == 2 * slow + 2 * 1024 * 48 * sum(of[48])
+
+
+def test_roles_that_go_another_way_are_that_in_learning_too(models, data, tmp_path):
+    """Norms averaged, embeddings the seed's: the first loss is of that very model, and the merge is what was learned."""
+    own = {"steps": 12, "batch_sequences": 2, "alpha": 0.7, "base": "code"}
+    roles = {"norm": RoleConfig(method="average"), "embedding": RoleConfig(method="seed")}
+    merge = MergeConfig(method="camex", options=own, roles=roles)  # pyright: ignore[reportArgumentType]
+    config, states = settings(merge=merge, alpha=0.7, base="code"), states_of(models)
+    learned, losses = learn_from(config, models, data, quiet)
+    start = {}
+    for name in states["seed"]:
+        mean = sum(states[model][name] for model in NAMES) / 3
+        start[name] = states["code"][name] + 0.7 * (mean - states["code"][name])
+        start[name] = mean if "norm" in name else states["seed"][name] if "embed" in name else start[name]
+    assert losses[0] == pytest.approx(mean_loss(models, data, states, start, config), rel=1e-5)
+    assert not any("norm" in name or "embed" in name for name in learned.factors["code"])
+
+
+def test_a_base_may_be_a_model_without_a_share(models, data):
+    config, states = settings(weights={"seed": 1.0, "law": 1.0}, base="code"), states_of(models)
+    learned, losses = learn_from(config, models, data, quiet)
+    start = {name: (states["seed"][name] + states["law"][name]) / 2 for name in states["seed"]}
+    assert losses[0] == pytest.approx(mean_loss(models, data, states, start, config), rel=1e-5)
+    assert learned.names == ["seed", "law"]

@@ -86,7 +86,7 @@ class CamexExperts(SoftMergedExperts):
         super().__init__(config, mlp, layer)
         self.combine, self.layer = config.combine, layer
         place = config.routed.index(layer)
-        self.following = config.routed[(place + 1) % len(config.routed)]
+        self.following = config.routed[place + 1] if place + 1 < len(config.routed) else -1
         self.receives = place > 0 and config.combine["update"] in ("travel", "previous_merged")
         if config.combine["share"] == "layer":
             register_factors(self, config, self.shapes)

@@ -131,9 +131,9 @@ def learn(
     """Returns what was learned, and the loss of every step.
 
     model: of the seed's class; its own weights are not read. states: fp32 tensors of every model, the seed's ("seed") too whether or not it has a
-    share. merged: the tensors that are learned to be merged. constant: those that are merged otherwise, as they come out. The others are each model's
-    own. texts: each model's training text. weights: of those
-    that have a share, above 0. options: of merge=camex (camex_merging.camex).
+    share. merged: the tensors that are learned to be merged. constant: those that are merged otherwise, as they come out. The others are
+    each model's own. texts: each model's training text. weights: of those that have a share, above 0. options: of merge=camex
+    (camex_merging.camex_solved).
     """
     shapes = {name: tuple(states[SEED][name].shape) for name in merged}
     sides = {name: mapped_sides(name, shape, facts.get(name, UNKNOWN)) for name, shape in shapes.items()}
@@ -193,13 +193,7 @@ def learn_from(
 def _otherwise(
     merge: MergeConfig, seed: Checkpoint, models: Mapping[str, Checkpoint], dense: Any, names: Collection[str]
 ) -> dict[str, Tensor]:
-    """The tensors of roles that go another way, merged. Raises ValueError: by curvature, which is not at hand here."""
-    ways = [merge.of(role) for role in merge.roles] + [merge.of("")]
-    if kinds := {kind for way in ways for kind in kinds_of(way)} - {"camex"}:
-        raise ValueError(
-            f"merge={merge.words}: learning camex beside a role that reads other curvature ({', '.join(sorted(kinds))}) is not possible; choose a "
-            "method without curvature for that role, or curvature=fisher or kfac for camex"
-        )
+    """The tensors of roles that go another way, merged; none of them by curvature (`merge.learned_options`)."""
     merger = Merger(merge, seed, dense, list(models))
     return {
         name: seed.get(name).float()

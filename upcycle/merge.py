@@ -188,6 +188,11 @@ def learned_options(config: MergeConfig) -> dict[str, Any]:
         raise ValueError(
             "merge: two roles learn camex with different options, and one learning serves all tensors; give them the same options"
         )
+    if others := set(statistics_of(config)) - {"camex"}:
+        raise ValueError(
+            f"merge: camex is learned beside a role that reads other curvature ({', '.join(sorted(others))}), which is not there yet; choose a method "
+            "without curvature for that role, or curvature=fisher or kfac for camex"
+        )
     return found[0]
 
 

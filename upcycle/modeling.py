@@ -105,7 +105,7 @@ class RoutedExperts(nn.Module):
         routing = self.router(hidden_BSD, self.trace)
         hidden_TD, experts_TK, gates_TK = hidden_BSD.flatten(0, -2), routing.experts, routing.gates
         if isinstance(self.experts, SoftMergedExperts):
-            mixed_TD = self.experts(hidden_TD, routing, self.trace)
+            mixed_TD = self.experts(hidden_TD, routing, self.trace or RoutingTrace())
         elif self.sparse and self.training:
             mixed_TD = self._taken_places_only(hidden_TD, experts_TK, gates_TK)
         else:
