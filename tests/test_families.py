@@ -127,7 +127,7 @@ def save_and_load(kind, mixture, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
     tiny.assert_same_tensors(ours.state_dict(), again.state_dict(), rtol=0, atol=0)
     again.set_experts_implementation(ours.config._experts_implementation)
-    torch.testing.assert_close(again(tiny.tokens()).logits, ours(tiny.tokens()).logits, rtol=0, atol=0)
+    assert torch.equal(tiny.aligned(again)(tiny.tokens()).logits, tiny.aligned(ours)(tiny.tokens()).logits)
 
 
 def assembled_and_proved(kind, mixture, tmp_path):

@@ -566,7 +566,7 @@ def test_saving_loading_and_generating(made, tmp_path, kind, placement):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", experts_implementation="eager").eval()
     tiny.assert_same_tensors(again.state_dict(), ours.state_dict(), rtol=0, atol=0)
     assert again.config.to_dict()["experts"] == ours.config.experts
-    torch.testing.assert_close(again(ids).logits, ours(ids).logits, rtol=0, atol=0)
+    assert torch.equal(tiny.aligned(again)(ids).logits, tiny.aligned(ours)(ids).logits)
     options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(ids)}
     expected = ours.generate(ids, use_cache=False, **options)
     static = {"cache_implementation": "static", "disable_compile": True}
