@@ -309,7 +309,7 @@ def test_one_stage_names_its_missing_inputs(tmp_path):
         (["mix.lr=fast"], "upcycle: mix.lr: Input should be a valid number (got 'fast')\n"),
         (["+mixtures.btx.train.tokens=1.5"], "upcycle: mixtures.btx.train.tokens: Input should be a valid integer (got 1.5)\n"),
         (["a=1", "-m", "mix.lr=fast"], "a: unknown key"),
-        (["experiment=tin"], "upcycle: experiment=tin: no such file; did you mean tiny? Choices: baselines, bring_your_own, demo, merge, merging, routers, tiny.\n"),
+        (["experiment=tin"], "upcycle: experiment=tin: no such file; did you mean tiny? Choices: baselines, bring_your_own, camex, demo, merge, merging, routers, tiny.\n"),
         (["mixtures.btx.assemble.router.kind=topk"], "mixtures.btx.assemble.router: kind=topk is not known, expected one of top_k, soft, switch, "
         "sample_top1, expert_choice, hash, uniform, oracle; did you mean top_k?"),
         (["mixtures.btx.assemble.router.top_k=6"], "mixtures.btx.assemble.router.top_k=6 exceeds the 4 experts (seed, code, law, math)"),
@@ -374,7 +374,7 @@ FILES = {
         (["experiment=mine", "--config-dir=own", "mix.lrr=1"], "upcycle: mix.lrr: unknown key; did you mean lr? Valid here: "),
         (
             ["experiment=min", "--config-dir", "own"],
-            "upcycle: experiment=min: no such file; did you mean mine or merging or tiny? Choices: baselines, bring_your_own, demo, merge, merging, mine, package, "
+            "upcycle: experiment=min: no such file; did you mean mine or merging or tiny? Choices: baselines, bring_your_own, camex, demo, merge, merging, mine, package, "
             f"routers, tiny, torn, wrong. Looked in {ROOT / 'conf' / 'experiment'} and own/experiment.\n",
         ),
         (
