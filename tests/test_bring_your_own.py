@@ -362,7 +362,7 @@ ROUTER_KEYS = "kind, top_k, gate_order, gate_scale, router_gradient, trained, ca
         ),
         (
             {"rooter": {}},
-            "rooter: unknown key; did you mean router or prove? Valid here: router, attention, attention_router, kv, tie, placement, merge, "
+            "rooter: unknown key; did you mean router or prove? Valid here: router, attention, attention_router, kv, tie, placement, combine, merge, "
             "include_seed, dtype, max_shard_bytes, prove, rng_seed",
         ),
         ({"router": {"topk": 1}}, f"router.topk: unknown key; did you mean top_k? Valid here: {ROUTER_KEYS}"),

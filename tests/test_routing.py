@@ -140,10 +140,10 @@ def test_pooled_logits_are_the_same_in_any_number_of_forwards(per, cuts):
     logits, valid = torch.randn(2, 11, E), torch.ones(2, 11, dtype=torch.bool)
     valid[1, :2] = False
     rule = Rule("soft", per=per, tokens=3)
-    whole, first, end = pooled(logits, valid, rule, None)
+    whole, first, _, end = pooled(logits, valid, rule, None)
     kept, parts = None, []
     for piece, mask in zip(logits.split(cuts, 1), valid.split(cuts, 1), strict=True):
-        part, part_first, kept = pooled(piece, mask, rule, kept)
+        part, part_first, _, kept = pooled(piece, mask, rule, kept)
         parts.append((part, part_first))
     torch.testing.assert_close(torch.cat([part for part, _ in parts], 1), whole)
     assert torch.equal(torch.cat([first for _, first in parts], 1), first)
@@ -155,7 +155,7 @@ def test_pooled_logits_are_the_same_in_any_number_of_forwards(per, cuts):
 def test_padding_anywhere_changes_no_pooled_logits(per):
     """After a token, before one, right behind a whole segment: in one forward, or cut there, a row is as if alone."""
     logits, rule = torch.randn(1, 8, E), Rule("soft", per=per, tokens=3)
-    alone, first, _ = pooled(logits, torch.ones(1, 8, dtype=torch.bool), rule, None)
+    alone, first, *_ = pooled(logits, torch.ones(1, 8, dtype=torch.bool), rule, None)
     for gap in range(9):
         padded = torch.cat([logits[:, :gap], torch.full((1, 2, E), 9.0), logits[:, gap:]], 1)
         valid = torch.ones(1, 10, dtype=torch.bool)
@@ -164,7 +164,7 @@ def test_padding_anywhere_changes_no_pooled_logits(per):
             kept, parts = None, []
             for piece, mask in ((padded[:, :cut], valid[:, :cut]), (padded[:, cut:], valid[:, cut:])):
                 if piece.shape[1]:
-                    part, part_first, kept = pooled(piece, mask, rule, kept)
+                    part, part_first, _, kept = pooled(piece, mask, rule, kept)
                     parts.append((part, part_first))
             found, found_first = (torch.cat(one, 1)[valid] for one in zip(*parts, strict=True))
             torch.testing.assert_close(found, alone[0])

@@ -359,7 +359,7 @@ def small_recipe(root):
     halves = "{code: 0.5, general: 0.5}"
     overrides = [
         "experiment=tiny", "tasks=continuations", "tasks.continuations.questions=4", "btm={top_k: null}", "greedy_soup=true",
-        "ablation={}", "curvature.compare=true", "curvature.sequences=2", "seed.tokenizer.vocab_size=400", "seed.train.tokens=2048", "branch.tokens=1024",
+        "ablation={}", "curvature.compare=true", "curvature.sequences=2", "+merges.camex={method: camex, options: {steps: 2}}", "seed.tokenizer.vocab_size=400", "seed.train.tokens=2048", "branch.tokens=1024",
         "mix.tokens=1024", "eval.max_tokens=300", "domains.code.max_bytes=150000", "domains.general.max_bytes=150000",
     ]  # fmt: skip
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
