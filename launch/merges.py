@@ -52,18 +52,11 @@ class Curvature:
 
     def _learned(self, merge: MergeConfig, members: list[str], owner: str, choice: AssembleConfig | None) -> Artifact:
         """What a CAMEx merge learns of its models together."""
-        from upcycle.merge import learned_options
+        from upcycle.merge import learning
 
         texts = {name: texts_of(self.cfg, name) for name in members}
-        config = {
-            "options": learned_options(merge),
-            "merge": merge,
-            "weights": {name: merge.weights.get(name, 1.0) for name in members},
-            "texts": texts,
-            "sequence_length": self.cfg.curvature.sequence_length,
-            "rng_seed": self.cfg.curvature.rng_seed,
-            "assemble": choice,
-        }
+        own = self.cfg.curvature
+        config = learning(merge, members, texts, own.sequence_length, own.rng_seed, choice)
         data = {domain: self.data[domain] for shares in texts.values() for domain in shares}
         branches = {name: model for name, model in self.models.items() if name != "seed"}
         return self.store.stage(

@@ -8,17 +8,14 @@ import pytest
 import reference
 import tiny
 import torch
-from torch import nn
 
-from upcycle import folding, soft_merging
+from upcycle import soft_merging
 from upcycle.camex import elected
 from upcycle.configuration import UpcycledConfig
-from upcycle.folding import fold
 from upcycle.kronecker import factor_pair
 from upcycle.kronecker_map import apply_map, start
 from upcycle.modeling import UpcycledForCausalLM
-from upcycle.router import RoutingTrace, pooled
-from upcycle.routing import Rule
+from upcycle.router import RoutingTrace
 from upcycle.soft_merging import Runs, merged_linear
 
 EXPERTS = ["code", "law", "math"]
@@ -361,49 +358,6 @@ def test_weights_that_are_never_trained_are_buffers_and_a_curvature_does_not_dec
     assert any("base_" in name for name, _ in model.named_buffers())
     curved = [name for name in names if "curvature_" in name]
     assert curved and all(group_of(name) == "curvature" and not decays(name, names[name]) for name in curved)
-    assert isinstance(model, nn.Module)
-
-
-# -------------------------------------------------------------------------------------------------------------- folding
-
-
-@pytest.mark.parametrize("name", [name for name in FORMS if name not in ("soft_merging", "domain", "previous")])
-def test_a_folded_mixture_is_plain_soft_merging_with_equal_logits(name, tmp_path):
-    model = mixture_of(FORMS[name], dtype=torch.float32)
-    model.save_pretrained(tmp_path / "bent")
-    found = fold(tmp_path / "bent", tmp_path / "folded")
-    assert found.difference is not None and found.difference < 1e-5
-    folded = UpcycledForCausalLM.from_pretrained(tmp_path / "folded").eval()
-    assert {type(layer.experts) for layer in layers_of(folded)} == {soft_merging.SoftMergedExperts}
-    assert not any("curvature" in name for name in folded.state_dict())
-    ids = tiny.tokens(2, 9)
-    with torch.no_grad():
-        torch.testing.assert_close(folded(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="no curvature, nothing to fold"):
-        fold(tmp_path / "folded", tmp_path / "twice")
-
-
-@pytest.mark.parametrize("case", ["bfloat16", "one_segment"])
-def test_a_fold_that_leaves_the_curvature_out_is_noticed(case, tmp_path, monkeypatch):
-    """Also where rounding would hide it, and where the first segment is all that the positions hold."""
-    options = {"tokens": 64} if case == "one_segment" else {}
-    model = mixture_of(FORMS["ca"], dtype=torch.bfloat16 if case == "bfloat16" else torch.float32, **options)
-    model.save_pretrained(tmp_path / "bent")
-    assert fold(tmp_path / "bent", tmp_path / "right").difference < 1e-5
-
-    def careless(model):
-        for layer in layers_of(model):
-            layer.experts.double()
-            for key, one in layer.experts.named_parameters():
-                if "curvature_" in key:
-                    one.data.copy_(torch.eye(one.shape[-1]).expand_as(one))
-        return right(model)
-
-    right = folding._folded_tensors
-    monkeypatch.setattr(folding, "_folded_tensors", careless)
-    with pytest.raises(ValueError, match="folded mixture's logits differ by"):
-        fold(tmp_path / "bent", tmp_path / "wrong")
-    assert not (tmp_path / "wrong").exists()
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -427,36 +381,3 @@ def test_bf16_autocast_stays_near_and_differences_are_not_rounded(name):
         low = model(ids, trace=trace).logits
     assert (low.float() - model(ids).logits).abs().max() < 0.05 * low.abs().max()
     assert all(one.dtype == torch.float32 for base in trace.bases.values() for one in base.values())
-
-
-def test_the_first_segments_own_mean_is_of_its_tokens_that_are_there_without_a_gradient():
-    """Padding counts for nothing, and generation goes on with the tokens so far."""
-    logits = torch.randn(2, 8, 3, dtype=torch.float64, requires_grad=True)
-    valid = torch.ones(2, 8, dtype=torch.bool)
-    valid[1, :2] = False
-    rule = Rule("soft", 3, per="segment", tokens=4, first="own_mean")
-    found = pooled(logits, valid, rule, None)
-    for row, places in ((0, [0, 1, 2, 3]), (1, [2, 3, 4, 5])):
-        own = logits[row, places].mean(0).expand(4, 3)
-        torch.testing.assert_close(found.logits[row, places], own)
-        after = [place for place in range(8) if place > places[-1]]
-        torch.testing.assert_close(found.logits[row, after], logits[row, places].mean(0).expand(len(after), 3))
-    (gradient,) = torch.autograd.grad(found.logits[0, :4].sum(), logits, retain_graph=True, allow_unused=True)
-    assert gradient is None or not gradient.any()
-    first = pooled(logits[:1, :3], valid[:1, :3], rule, None)
-    torch.testing.assert_close(first.logits[0], logits[0, :3].mean(0).expand(3, 3))
-    second = pooled(logits[:1, 3:], valid[:1, 3:], rule, first.kept)
-    torch.testing.assert_close(second.logits[0, :1], logits[0, :4].mean(0).expand(1, 3))
-    torch.testing.assert_close(second.logits[0, 1:], logits[0, :4].mean(0).expand(4, 3))
-
-
-def test_what_cannot_be_folded_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
-    mixture_of(FORMS["previous"], dtype=torch.float32).save_pretrained(tmp_path / "chained")
-    with pytest.raises(ValueError, match="no fixed experts are equal to it"):
-        fold(tmp_path / "chained", tmp_path / "out")
-    mixture_of(FORMS["ca"], dtype=torch.float32).save_pretrained(tmp_path / "bent")
-    wrong = folding._folded_tensors
-    monkeypatch.setattr(folding, "_folded_tensors", lambda model: {n: 1.1 * t for n, t in wrong(model).items()})
-    with pytest.raises(ValueError, match="folded mixture's logits differ by"):
-        fold(tmp_path / "bent", tmp_path / "out")
-    assert not (tmp_path / "out").exists()

@@ -296,3 +296,24 @@ def test_a_mask_that_generation_has_prepared_comes_with_the_padding(prepared):
     assert trace.valid_BS.tolist() == [[True, True], [True, True]]
     trace.see(torch.ones(2, 4), 4, masks_for_routers(mask, 4, prepared))
     assert trace.valid_BS.tolist() == mask.bool().tolist()
+
+
+def test_the_first_segments_own_mean_is_of_its_tokens_that_are_there_without_a_gradient():
+    """Padding counts for nothing, and generation goes on with the tokens so far."""
+    logits = torch.randn(2, 8, 3, dtype=torch.float64, requires_grad=True)
+    valid = torch.ones(2, 8, dtype=torch.bool)
+    valid[1, :2] = False
+    rule = Rule("soft", 3, per="segment", tokens=4, first="own_mean")
+    found = pooled(logits, valid, rule, None)
+    for row, places in ((0, [0, 1, 2, 3]), (1, [2, 3, 4, 5])):
+        own = logits[row, places].mean(0).expand(4, 3)
+        torch.testing.assert_close(found.logits[row, places], own)
+        after = [place for place in range(8) if place > places[-1]]
+        torch.testing.assert_close(found.logits[row, after], logits[row, places].mean(0).expand(len(after), 3))
+    (gradient,) = torch.autograd.grad(found.logits[0, :4].sum(), logits, retain_graph=True, allow_unused=True)
+    assert gradient is None or not gradient.any()
+    first = pooled(logits[:1, :3], valid[:1, :3], rule, None)
+    torch.testing.assert_close(first.logits[0], logits[0, :3].mean(0).expand(3, 3))
+    second = pooled(logits[:1, 3:], valid[:1, 3:], rule, first.kept)
+    torch.testing.assert_close(second.logits[0, :1], logits[0, :4].mean(0).expand(1, 3))
+    torch.testing.assert_close(second.logits[0, 1:], logits[0, :4].mean(0).expand(4, 3))

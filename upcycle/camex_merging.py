@@ -15,10 +15,8 @@ from upcycle.kronecker import FACTORS
 from upcycle.kronecker_map import apply_map
 from upcycle.merging import Merging, average
 
-KEYS = (
-    "camex_score",
-    *(f"camex_{name}" for name in FACTORS),
-)  # of the statistics that learning leaves (camex_learning.py)
+# The statistics that learning leaves (camex_learning.py).
+KEYS = ("camex_score", *(f"camex_{name}" for name in FACTORS))
 Count = Annotated[int, Field(ge=1)]
 
 

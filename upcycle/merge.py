@@ -196,6 +196,26 @@ def learned_options(config: MergeConfig) -> dict[str, Any]:
     return found[0]
 
 
+def learning(
+    config: MergeConfig,
+    models: Iterable[str],
+    texts: Mapping[str, Mapping[str, float]],
+    sequence_length: int,
+    rng_seed: int,
+    assemble: Any = None,
+) -> dict[str, Any]:
+    """What `stages.learn_camex` is told of a merge of these models: the settings, and the shares of domains of each model's text."""
+    return {
+        "options": learned_options(config),
+        "merge": config,
+        "weights": {name: config.weights.get(name, 1.0) for name in models},
+        "texts": dict(texts),
+        "sequence_length": sequence_length,
+        "rng_seed": rng_seed,
+        "assemble": assemble,
+    }
+
+
 def readers(config: MergeConfig, members: Iterable[str]) -> dict[str, list[str]]:
     """{kind of curvature: the models whose it is} that a merge of these members reads; the seed's also where it is no member."""
     weighed = [name for name in members if config.weights.get(name, 1.0) > 0]

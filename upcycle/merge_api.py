@@ -21,7 +21,7 @@ from upcycle.config import CurvatureConfig, SamplesConfig
 from upcycle.dense_merge import write_merged
 from upcycle.directories import check_new, resolve
 from upcycle.durable import atomic_directory
-from upcycle.merge import check_merge, learned_options, readers
+from upcycle.merge import check_merge, learning, readers
 from upcycle.merge_config import MergeConfig
 from upcycle.merging import SEED
 from upcycle.preflight import check_alike
@@ -119,15 +119,8 @@ def _measured(
             out = folder / kind
             out.mkdir()
             told = Run(say=ignore, advance=lambda done, total, **_: advance(done, total, doing="curvature learned"))
-            learned: dict[str, Any] = {
-                "options": learned_options(config),
-                "merge": config,
-                "weights": {name: config.weights.get(name, 1.0) for name in names},
-                "texts": {name: {name: 1.0} for name in names},
-                "sequence_length": samples.sequence_length,
-                "rng_seed": samples.rng_seed,
-                "assemble": None,
-            }
+            own = {name: {name: 1.0} for name in names}
+            learned = learning(config, names, own, samples.sequence_length, samples.rng_seed)
             branches = {name: path for name, path in models.items() if name != SEED}
             learn_camex(learned, out=out, run=told, seed=models[SEED], branches=branches, data=dict(texts))
             found |= {name: [*found.get(name, []), out / name] for name in names}

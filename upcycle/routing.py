@@ -20,12 +20,8 @@ from .kinds import FACTS
 
 CERTAIN = 1e4  # a logit this far above the others has a softmax of exactly 1, and no NaN in its entropy
 TIE = 1e-6  # probabilities closer than that rank as equals: rounding, which differs with the batch, does not rank them
-FIRST = (
-    "seed",
-    "uniform",
-    "base",
-    "own_mean",
-)  # who takes the first segment: RouterConfig's PoolConfig says what each means
+# Who takes the first segment; PoolConfig says what each means.
+FIRST = ("seed", "uniform", "base", "own_mean")
 DEAD_SHARE = 0.1  # an expert is called dead below this share of the uniform load
 HASH_PRIME = 2654435761  # Knuth's multiplicative hash, modulo 2^32
 
