@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,26 +36,34 @@ def model_of(method: str, use: str) -> str:
     return AVERAGE[use] if method == "average" else USES[use].format(method)
 
 
-def markdown(summary: Mapping[str, Any], methods: list[str]) -> str:
+def markdown(summary: Mapping[str, Any], methods: Sequence[str], uses: Sequence[str] = tuple(USES)) -> str:
     """A cell: the mean trained perplexity over runs, and for trained mixtures the paired difference from the average."""
-    rows = [["merge", *USES], ["---", *["---:"] * len(USES)]]
+    rows = [["merge", *uses], ["---", *["---:"] * len(uses)]]
     for method in ["average", *methods]:
         cells = [method]
-        for use in USES:
+        for use in uses:
             name = model_of(method, use)
             text = _shown(float(np.mean(summary["trained_perplexity"][name])))
             if "trained" in use and method != "average" and (found := paired(summary, name, AVERAGE[use])):
-                text += f" ({found[0]:+.3f} [{found[1]:+.3f}, {found[2]:+.3f}])"
+                text += f" ({write_interval(found)})"
             cells.append(text)
         rows.append(cells)
-    seeds = ", ".join(map(str, summary["rng_seeds"]))
     lines = [f"| {' | '.join(row)} |" for row in rows]
-    domains = ", ".join(summary["domains"])
     said = (
-        f"*Mean test perplexity over {domains}, over runs with rng_seed {seeds}. In brackets: nats per token, less those with the average, paired by run, "
-        "with the 95 % interval of Student's t over runs.*"
+        f"*{what_is_meant(summary)} In brackets: nats per token, less those with the average, paired by run, with the 95 % interval of "
+        "Student's t over runs.*"
     )
     return "\n".join([*lines, "", said])
+
+
+def what_is_meant(summary: Mapping[str, Any]) -> str:
+    domains, seeds = ", ".join(summary["domains"]), ", ".join(map(str, summary["rng_seeds"]))
+    return f"Mean test perplexity over {domains}, over runs with rng_seed {seeds}."
+
+
+def write_interval(difference: tuple[float, float, float]) -> str:
+    """A difference in nats per token with its interval, as `paired` gives them."""
+    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*difference)
 
 
 def methods_of(summary: Mapping[str, Any]) -> list[str]:

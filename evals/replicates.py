@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import t
 
+from evals.tables import COSTS
 from upcycle.config import nearest
 
 MIXTURES = ("btx", "bam")  # kinds
@@ -36,11 +37,18 @@ def summarise(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             name: [r["models"][name]["average"]["trained"]["perplexity"] for r in reports if name in r["models"]]
             for name in names
         },
+        "costs": {name: _mean_costs([r["models"][name] for r in reports if name in r["models"]]) for name in names},
         "claims": {
             name: [check(report) for report in reports if NEEDED.get(name, set()) <= set(report["models"])]
             for name, check in CLAIMS.items()
         },
     }
+
+
+def _mean_costs(models: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Means over runs of the costs that the report states for a model in every run."""
+    known = [field for field in COSTS if all(model.get(field) is not None for model in models)]
+    return {field: float(np.mean([model[field] for model in models])) for field in known}
 
 
 def branches_beat_the_seed(report: Mapping[str, Any]) -> bool:

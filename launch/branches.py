@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -16,11 +15,11 @@ from rich.live import Live
 from rich.table import Table
 
 from launch.config import LaunchConfig
+from launch.follow import last_line, progress
 from launch.groups import child_environment, command, launch_file, processes_of, strategy_of, visible_gpus
 from upcycle.store import Artifact
 
 POLL_SECONDS, PLAIN_SECONDS = 0.5, 30.0
-TAIL_BYTES = 65_536  # of metrics.jsonl: more than two rows
 
 
 @dataclass
@@ -112,7 +111,7 @@ def make_side_by_side(
         if live:
             live.stop()
     if failed:
-        why = "; ".join(f"{job.stage.name}: {_last_line(job.log)} (log: {job.log})" for job in failed)
+        why = "; ".join(f"{job.stage.name}: {last_line(job.log)} (log: {job.log})" for job in failed)
         raise RuntimeError(
             f"{len(failed)} of {len(waiting)} branches failed, the others are done; the same command trains only what is "
             f"missing. {why}"
@@ -148,31 +147,13 @@ def _ended_well(job: _Job, console: Console) -> bool:
     if done:
         console.print(f"{name:24} made in {job.stage.seconds():7.1f} s  {job.stage.path.name}", highlight=False)
     else:
-        console.print(f"{name:24} FAILED: {_last_line(job.log)}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{name:24} FAILED: {last_line(job.log)}", highlight=False, markup=False, soft_wrap=True)
     return done
 
 
-def _last_line(log: Path) -> str:
-    """What a process said about its end."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    ours = [line for line in lines if line.startswith("upcycle:")]
-    return (ours or lines or ["it said nothing"])[-1].removeprefix("upcycle: ")
-
-
 def _progress(stage: Artifact) -> str:
-    """How far a branch is, from the last whole row of its metrics."""
-    path, steps = stage.partial / "metrics.jsonl", stage.config["train"].steps
-    try:
-        with path.open("rb") as stream:
-            stream.seek(max(0, path.stat().st_size - TAIL_BYTES))
-            rows = [line for line in stream.read().decode(errors="replace").splitlines()[1:] if line.endswith("}")]
-    except OSError:  # not there yet, or there no more
-        rows = []
-    if not rows:
-        return f"of {steps} steps"
-    row = json.loads(rows[-1])
-    left = (steps - row["step"]) * stage.config["train"].batch_tokens / row["tokens_per_second"]
-    return f"{row['step']}/{steps}  loss {row['loss']:.3f}  {row['tokens_per_second']:,.0f} tok/s  {left:.0f} s left"
+    train = stage.config["train"]
+    return progress(stage.partial, train.steps, train.batch_tokens)
 
 
 def _table(waiting: list[Artifact], running: list[_Job], failed: list[_Job]) -> Table:

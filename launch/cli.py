@@ -14,7 +14,9 @@ upcycle plan=true              what would run, what it would cost, what is done 
 upcycle stage=branch/code      one stage only
 upcycle tokens=50M             that many for branches and mixture together; budget=2h: as many as that time is enough for
 upcycle -m key=a,b ...         a sweep; runs share every artifact they can
-upcycle status [RUN ...]       the runs here and how far they are
+upcycle status [RUN ...]       the runs here and how far they are; of one run every stage, and its job
+upcycle launch=slurm ...       submit what is missing as jobs of Slurm and return; dry_run=true prints the scripts (docs/cluster.md)
+upcycle cancel RUN             take its jobs out of Slurm's queue
 upcycle explain DIR            what each tensor of a mixture came from, its routers, its size; how a merged model was merged; --all, --json
 upcycle doctor DIR|RUN         what is wrong with a mixture, in training too, and what to do about it; --json, --prove
 upcycle report [RUN ...]       print a run's table again (of the newest without a name); --readme writes it into README.md; of several runs also what they say
@@ -76,6 +78,12 @@ def status(arguments: list[str]) -> int:
     from launch.status import print_status
 
     return print_status(arguments)
+
+
+def cancel(arguments: list[str]) -> int:
+    from launch.status import print_cancelled
+
+    return print_cancelled(arguments)
 
 
 def explain(arguments: list[str]) -> int:
@@ -169,7 +177,7 @@ def route(arguments: list[str]) -> int:
 WORDS = {
     "explain": explain, "doctor": doctor, "export": export, "status": status, "report": report, "replicates": replicates,
     "add": _edit("add"), "remove": _edit("remove"), "dense": _edit("dense"), "fold": _edit("fold"),
-    "route": route,
+    "route": route, "cancel": cancel,
 }  # fmt: skip
 
 if __name__ == "__main__":

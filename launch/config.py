@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
 from launch.budget import shared_out
 from launch.checks import check
-from launch.running import LaunchConfig, TrackConfig
+from launch.running import LaunchConfig, SlurmConfig, TrackConfig
 from upcycle.config import (
     STRICT,
     AblationConfig,
@@ -48,7 +48,7 @@ class Config:
     name: str = Field(pattern=RUN_NAME)
     rng_seed: int = Field(ge=0)
     plan: bool
-    stage: str | None
+    stage: str | list[str] | None
     artifacts: str
     seed: SeedConfig
     domains: dict[str, DomainConfig]
@@ -58,7 +58,7 @@ class Config:
     dense: TrainConfig | None
     mixtures: dict[str, MixtureConfig]
     eval: EvalConfig
-    launch: LaunchConfig
+    launch: Annotated[LaunchConfig | SlurmConfig, Field(discriminator="scheduler")]
     track: TrackConfig
     tasks: TasksConfig | None = None
     dense_compute: TrainConfig | None = None
@@ -121,7 +121,8 @@ def build(raw: dict[str, Any]) -> Config:
             raise ValueError(f"{key}={items}: expected settings by name; give each as {key}.NAME.KEY=VALUE")
     if (one := raw.pop("merge", None)) is not None:
         raw["merges"] = _with_merge(raw.get("merges") or {}, one)
-    raw["dry_run"] = shared["assemble"].pop("dry_run", False)
+    raw["dry_run"] = shared["assemble"].pop("dry_run", False) or raw.get("dry_run", False)
+    raw["launch"] = {"scheduler": "none"} | raw["launch"]
     _check_shared_assembly(shared["assemble"], own["mixtures"])
     raw["branches"] = {name: _branch(name, item, shared["branch"]) for name, item in own["branches"].items()}
     raw["mixtures"] = {name: _mixture(name, item, shared) for name, item in own["mixtures"].items()}

@@ -20,6 +20,7 @@ from typing import Any
 
 from launch.config import LaunchConfig
 from upcycle.config import nearest
+from upcycle.stopping import AGAIN, Stopped
 from upcycle.store import Artifact
 from upcycle.team import ALONE, Team, asked_strategy, in_group, join
 
@@ -170,7 +171,7 @@ def child_environment() -> Mapping[str, str]:
 def make_in_group(launch: LaunchConfig, arguments: list[str], stage: Artifact) -> None:
     """Make one stage with a group of processes, which print their progress here.
 
-    Raises RuntimeError: the group ended without it.
+    Raises RuntimeError: the group ended without it. Stopped: it was asked to.
     """
     process = subprocess.Popen(command(launch, arguments, stage.name), env=child_environment())
     try:
@@ -179,6 +180,8 @@ def make_in_group(launch: LaunchConfig, arguments: list[str], stage: Artifact) -
         process.terminate()
         process.wait()
         raise
+    if status == AGAIN:
+        raise Stopped
     patience = 10 if status == 0 else 0  # seconds in which another machine's renaming must show here
     while patience and not stage.finished:
         time.sleep(1)
@@ -203,6 +206,8 @@ def main() -> None:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code: Any = failure.exitcode
+        if code == AGAIN:  # the first one has said why
+            sys.exit(AGAIN)
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
         print(f"upcycle: rank {rank} was {how}; the other processes of its group were stopped", file=sys.stderr)
         sys.exit(1)

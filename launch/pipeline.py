@@ -8,7 +8,9 @@ import signal
 import sys
 import traceback
 import warnings
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +35,12 @@ from launch.groups import (
     strategy_of,
     visible_gpus,
 )  # fmt: skip
+from launch.jobs import INSIDE, check_queue, keep_code, kind_of, plan_jobs, script, submit
 from launch.overrides import CONF, check_package, explained, own_arguments, rewritten, swept_keys
 from launch.plan import check_sources, check_texts, print_dry_run, print_plan, train_of
 from launch.recipes import Experiment, upcycle
+from launch.running import LaunchConfig, SlurmConfig
+from upcycle import stopping
 from upcycle.config import nearest
 from upcycle.directories import check_new, check_room
 from upcycle.durable import atomic_directory, write_json
@@ -86,7 +91,7 @@ def run(raw: dict[str, Any], out: Path) -> None:
         budgeted, budget = _worked_out(raw, out, console)
     else:
         budgeted, budget = raw, None
-    cfg = build(budgeted)
+    cfg = within_job(build(budgeted))
     team = member(cfg.launch)
     console.quiet = not team.leads  # one voice for a group; errors come from whom they befall
     _plan_or_make(cfg, out, team, console, budget)
@@ -105,13 +110,11 @@ def _plan_or_make(cfg: Config, out: Path, team: Team, console: Console, budget: 
     if cfg.plan:
         print_plan(experiment, console)
         return
-    stages = list(experiment.store.stages.values())
-    if cfg.stage is not None:
-        if cfg.stage not in experiment.store.stages:
-            names = list(experiment.store.stages)
-            raise ValueError(f"stage={cfg.stage}: no such stage{nearest(cfg.stage, names)} Stages: {', '.join(names)}")
-        stages = [experiment.store.stages[cfg.stage]]
+    stages = asked_stages(cfg, experiment.store)
     check_destination(cfg, experiment)
+    if isinstance(cfg.launch, SlurmConfig):
+        hand_over(cfg, cfg.launch, experiment, stages, out, console)
+        return
     if cfg.dry_run:
         print_dry_run(experiment, console)
         return
@@ -120,7 +123,7 @@ def _plan_or_make(cfg: Config, out: Path, team: Team, console: Console, budget: 
         compute(cfg, experiment.store, stages, console, team, out)
         return
     leads = team.leads and cfg.launch.machine_rank == 0
-    if leads:
+    if leads and INSIDE not in os.environ:  # else done at submission
         check_sources(stages, console)
         write_manifest(cfg, experiment, out, budget)  # first, so that `upcycle status` sees a run in progress
     compute(cfg, experiment.store, stages, console, team, out)
@@ -132,6 +135,60 @@ def _plan_or_make(cfg: Config, out: Path, team: Team, console: Console, budget: 
         for name, model in (experiment.mixtures | experiment.merges).items():
             if model.finished:
                 deliver(name, model, cfg.out, console)
+
+
+def asked_stages(cfg: Config, store: Store) -> list[Artifact]:
+    """The stages that `stage` names, in the order they are made; all of them without it. Raises ValueError: no such stage."""
+    if cfg.stage is None:
+        return list(store.stages.values())
+    asked = [cfg.stage] if isinstance(cfg.stage, str) else cfg.stage
+    for one in asked:
+        if one not in store.stages:
+            raise ValueError(
+                f"stage={one}: no such stage{nearest(one, store.stages)} Stages: {', '.join(store.stages)}"
+            )
+    return [stage for name, stage in store.stages.items() if name in asked]
+
+
+def within_job(cfg: Config) -> Config:
+    """Inside a job of Slurm, the settings of its node; elsewhere the settings as they are."""
+    if not isinstance(cfg.launch, SlurmConfig) or INSIDE not in os.environ or cfg.stage is None:
+        return cfg
+    first = cfg.stage if isinstance(cfg.stage, str) else cfg.stage[0]
+    rank = int(os.environ.get("SLURM_NODEID", "0"))
+    return replace(cfg, launch=cfg.launch.within(kind_of(first), rank, os.environ[INSIDE]))
+
+
+def hand_over(
+    cfg: Config, launch: SlurmConfig, experiment: Experiment, stages: list[Artifact], out: Path, console: Console
+) -> None:
+    """Submit what is missing of `stages` to Slurm and return at once; with dry_run, print the scripts.
+
+    Raises ValueError: settings, texts or checkpoints that would fail later; jobs of this run in the queue. RuntimeError: see `jobs.submit`.
+    """
+    jobs = plan_jobs(stages)
+    settings = [one for one in own_arguments(cfg.tokens) if not one.startswith("dry_run=")]
+    for job in jobs:
+        _check_job(job.stages, launch.within(job.kind, 0, "first:1"))
+        text = script(job, launch, settings, out, out.absolute() / "slurm" / "code")
+        if cfg.dry_run:
+            after = f", after {', '.join(job.after)}" if job.after else ""
+            print(f"######## {job.name}{after}\n{text}")
+    if cfg.dry_run:
+        return
+    check_queue(out)
+    check_sources(stages, console)
+    write_manifest(cfg, experiment, out, None)
+    code, settings = keep_code(out, settings)
+    found = submit(jobs, [script(job, launch, settings, out, code) for job in jobs], out)
+    for job in jobs:
+        numbers = found[job.stages[0].name].split("_")[0] + (f"_[0-{len(job.stages) - 1}]" if job.array else "")
+        console.print(f"{numbers:16} {', '.join(one.name for one in job.stages)}", highlight=False, markup=False)
+    done = len(stages) - sum(len(job.stages) for job in jobs)
+    console.print(
+        f"{len(jobs)} jobs submitted, {done} of {len(stages)} stages were done; `upcycle status {cfg.name}` follows them",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 def _prepare_environment() -> None:
@@ -152,12 +209,25 @@ def _check_group(cfg: Config, team: Team, stages: list[Artifact]) -> None:
             ranks, strategy = processes_of(cfg.launch), strategy_of(launch_file(cfg.launch))
             command(cfg.launch, [], "")  # for what it raises
         of_branch = shares(cfg.launch)[0]["processes"] if cfg.launch.parallel_branches > 1 else ranks
+    _check_batches(stages, ranks, of_branch, strategy)
+
+
+def _check_batches(stages: Sequence[Artifact], ranks: int, of_branch: int, strategy: str) -> None:
+    """Raises ValueError: see `phases.check_ranks` and `check_strategy`."""
     for stage in stages:
         if (train := train_of(stage)) is not None and not stage.finished:
             kind, _, name = stage.name.partition("/")
             where = {"branch": f"branches.{name}.train", "mix": f"mixtures.{name}.train", "seed": "seed.train"}
             check_ranks(train, of_branch if kind == "branch" else ranks, where.get(kind, kind))
             check_strategy(train, strategy, where.get(kind, kind))
+
+
+def _check_job(stages: Sequence[Artifact], launch: LaunchConfig) -> None:
+    """`_check_group`, for a group that a job on other machines will start."""
+    if launch.config is not None:
+        command(launch, [], "")  # for what it raises
+        ranks = processes_of(launch)
+        _check_batches(stages, ranks, ranks, strategy_of(launch_file(launch)))
 
 
 def compute(cfg: Config, store: Store, stages: list[Artifact], console: Console, team: Team, out: Path) -> None:
@@ -170,6 +240,8 @@ def compute(cfg: Config, store: Store, stages: list[Artifact], console: Console,
         _prepare_process(cfg.launch.threads, console)
     tracker = Tracker(cfg, console, out, team)
     for stage in stages:
+        if team.share(stopping.asked()):
+            raise stopping.Stopped
         if team.share(stage.finished):
             store.make(stage, Run(say=lambda text: None, team=team))
             continue
@@ -289,10 +361,9 @@ def show_report(report: Artifact, out: Path, console: Console) -> None:
 def main() -> None:
     """Run, and turn what a user can cause into one clear message and exit status 2."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through to here
-    if (
-        not in_group()
-    ):  # a driver takes what it has started with it; a rank may be inside a call that Python can't leave
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # A rank may be inside a call that Python can't leave, because another rank died: it heeds the signal only where it can mean a time limit.
+    if not in_group() or stopping.FILE in os.environ:
+        signal.signal(signal.SIGTERM, stopping.on_sigterm)
     try:
         sys.argv[1:] = rewritten(sys.argv[1:])
         compose()

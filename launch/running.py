@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import fields
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from upcycle.config import STRICT
+
+TIME = r"^\d+$|^(\d+-)?\d+(:\d+){1,2}$"  # as sbatch reads it
+FOR_ALL = {
+    "kinds",
+    "scheduler",
+    "machines",
+    "machine_rank",
+    "main_address",
+    "parallel_branches",
+}  # what jobs of a kind cannot have of their own
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -32,6 +43,7 @@ class LaunchConfig:
     offload: Literal["none", "cpu", "nvme"] = "none"
     nvme_path: str | None = None
     parallel_branches: int = Field(default=1, ge=1)
+    scheduler: Literal["none"] = "none"
 
     @model_validator(mode="after")
     def _means_something(self):
@@ -60,6 +72,83 @@ class LaunchConfig:
         if (self.offload == "nvme") != (self.nvme_path is not None):
             raise ValueError(f"offload={self.offload} and nvme_path={self.nvme_path}: each needs the other; give both")
         return self
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SlurmConfig(LaunchConfig):
+    """Stages as jobs of Slurm. `config` and `processes` are those of a stage that a group makes, on `nodes` nodes.
+
+    time: minutes, or HH:MM:SS. cpus, gpus, memory: of a node. stop_seconds: so long before the time limit training writes a checkpoint and
+    the job is queued again, at most `restarts` times. parallel: tasks of an array that run at a time. setup: lines of the script before all
+    else, such as `module load`. options: more of sbatch's, such as `--exclusive`. kinds: other values of these for jobs of a kind
+    (`data`, `seed`, `branch`, `mix`, `eval`, ...). template: an edited copy of launch/slurm/job.sh.
+    """
+
+    scheduler: Literal["slurm"] = "slurm"  # pyright: ignore[reportIncompatibleVariableOverride]
+    nodes: int = Field(default=1, ge=1)
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    time: int | Annotated[str, Field(pattern=TIME)] | None = None
+    cpus: int | None = Field(default=None, ge=1)
+    gpus: int | None = Field(default=None, ge=1)
+    memory: str | None = Field(default=None, pattern=r"^\d+[KMGT]?$")
+    parallel: int | None = Field(default=None, ge=1)
+    stop_seconds: int = Field(default=120, ge=10)
+    restarts: int = Field(default=20, ge=0)
+    setup: list[str] = Field(default_factory=list)
+    options: list[str] = Field(default_factory=list)
+    kinds: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    template: str | None = None
+
+    @model_validator(mode="after")
+    def _fits_slurm(self):
+        if (self.machines, self.machine_rank, self.main_address) != (1, 0, None):
+            raise ValueError("machines, machine_rank and main_address are Slurm's to say; give launch.nodes instead")
+        if self.parallel_branches > 1:
+            raise ValueError(
+                f"parallel_branches={self.parallel_branches} divides one machine; under Slurm branches are an array of jobs, of which "
+                "launch.parallel run at a time"
+            )
+        if self.nodes > 1 and self.config is None:
+            raise ValueError(
+                f"nodes={self.nodes} has no effect without a group of processes; add launch.config, such as zero2"
+            )
+        if self.config is not None and self.processes is None and self.gpus is None:
+            raise ValueError(
+                f"config={self.config}: Slurm's nodes are not this one, so say how many processes: launch.gpus (of a node, one process each) or "
+                "launch.processes"
+            )
+        if self.processes is not None and self.processes % self.nodes:
+            raise ValueError(f"processes={self.processes} is not a multiple of nodes={self.nodes}; make it one")
+        for kind in self.kinds:
+            self.of(kind)
+        return self
+
+    def of(self, kind: str) -> SlurmConfig:
+        """The settings of jobs of a kind. Raises ValueError: `kinds` has an unknown setting for it, or one of a wrong type."""
+        own = self.kinds.get(kind, {})
+        known = {one.name for one in fields(self)} - FOR_ALL
+        if unknown := sorted(own.keys() - known):
+            raise ValueError(
+                f"kinds.{kind}.{unknown[0]}: no setting of a job; expected one of {', '.join(sorted(known))}"
+            )
+        values: dict[str, Any] = {one.name: getattr(self, one.name) for one in fields(self)}
+        values |= {"kinds": {}} | own
+        return SlurmConfig(**values)
+
+    def within(self, kind: str, rank: int, address: str) -> LaunchConfig:
+        """The settings inside such a job, on its node number `rank`; address: host:port of its first one."""
+        own = self.of(kind)
+        values: dict[str, Any] = {
+            one.name: getattr(own, one.name) for one in fields(LaunchConfig) if one.name != "scheduler"
+        }
+        if own.config is not None and own.processes is None:
+            values["processes"] = own.nodes * (own.gpus or 1)
+        if own.config is not None and own.nodes > 1:
+            values |= {"machines": own.nodes, "machine_rank": rank, "main_address": address}
+        return LaunchConfig(**values)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -61,7 +61,13 @@ def worked_out(
     budget, seconds = raw["budget"], read_seconds(raw["budget"])
     if raw.get("tokens") is not None:
         raise ValueError(f"budget={budget} and tokens={raw['tokens']} both say how long the run is; give one of them")
-    if in_group() or (raw.get("launch") or {}).get("config") is not None:
+    launch = raw.get("launch") or {}
+    if launch.get("scheduler", "none") != "none":
+        raise ValueError(
+            f"budget={budget} is measured on the machine that trains, and launch=slurm submits from another; give tokens=, such as those that "
+            "plan=true without launch=slurm says on a node"
+        )
+    if in_group() or launch.get("config") is not None:
         raise ValueError(
             f"budget={budget} is measured in one process, and launch.config asks for a group; give it tokens=, such as those "
             "that plan=true without launch.config says"

@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from rich.console import Console
+from rich.text import Text
 
 from upcycle.durable import read_object, reading
 from upcycle.store import RECORD
@@ -65,7 +66,8 @@ def read_settings(run: Path) -> dict[str, Any]:
 
 
 def print_status(arguments: list[str]) -> int:
-    """One line a run: how many of its stages are done, and the first that is not; of one that cannot be read, why."""
+    """One line a run: how many of its stages are done, and the first that is not; of one that cannot be read, why. Of a run that is named alone also
+    a line a stage."""
     console, code = Console(), 0
     try:
         runs = found_runs(arguments)
@@ -76,7 +78,9 @@ def print_status(arguments: list[str]) -> int:
     for run in runs:
         try:
             console.print(f"{run}  {_state(run)}", highlight=False, markup=False, soft_wrap=True)
-        except (ValueError, OSError) as error:
+            if len(arguments) == 1:
+                _print_stages(run, console)
+        except (ValueError, OSError, RuntimeError) as error:
             code = _refused(error)
     return code
 
@@ -86,6 +90,37 @@ def _state(run: Path) -> str:
     missing = [stage for stage, artifact in manifest.items() if not (store / artifact / RECORD).is_file()]
     count = f"{len(manifest) - len(missing)} of {len(manifest)} stages done"
     return f"{count}, {f'next: {missing[0]}' if missing else 'finished'}"
+
+
+def _print_stages(run: Path, console: Console) -> None:
+    from rich.table import Table
+
+    from launch.follow import stage_states
+
+    rows = stage_states(run, read_manifest(run), Path(read_settings(run)["artifacts"]))
+    table, submitted = Table.grid(padding=(0, 2)), any(job for _, job, _ in rows)
+    for stage, job, said in rows:
+        table.add_row(f"  {stage}", *([job] if submitted else []), Text(said))
+    console.print(table, highlight=False, soft_wrap=True)
+
+
+def print_cancelled(arguments: list[str]) -> int:
+    """Take the jobs of one run out of Slurm's queue."""
+    from launch.follow import cancel
+
+    try:
+        if len(arguments) != 1:
+            raise ValueError(f"cancel: got {' '.join(arguments) or 'nothing'}, expected one run: upcycle cancel RUN")
+        (run,) = found_runs(arguments)
+        taken = cancel(run)
+    except (ValueError, OSError, RuntimeError) as error:
+        return _refused(error)
+    print(
+        f"{run}: {len(taken)} jobs cancelled; the same command submits what is missing"
+        if taken
+        else f"{run}: no job of it is in the queue"
+    )
+    return 0
 
 
 def _refused(error: Exception) -> int:

@@ -32,6 +32,7 @@ from upcycle.team import ALONE, Team
 
 RECORD, TIMING = "stage.json", "timing.json"
 RESUMABLE = ("checkpoints", "metrics.jsonl", TIMING)  # what an interrupted attempt may leave to the next one
+COMMIT = "COMMIT"  # beside a copy of the package: the commit that it is of
 FAILED = "failed.json"  # why the last attempt ended, if by an error
 LIBRARIES = ("upcycle", "torch", "transformers", "accelerate", "datasets", "numpy")
 
@@ -297,7 +298,7 @@ def record_of(artifact: Artifact) -> dict[str, Any]:
 @lru_cache(maxsize=2)
 def provenance(more: tuple[str, ...] = ()) -> dict[str, str]:
     """Versions of Python, of the libraries that decide results and of `more`, and the commit of this package's checkout."""
-    found = {"python": platform.python_version(), "commit": _commit()}
+    found = {"python": platform.python_version(), "commit": commit()}
     for library in LIBRARIES + more:
         try:
             found[library] = version(library)
@@ -306,9 +307,12 @@ def provenance(more: tuple[str, ...] = ()) -> dict[str, str]:
     return found
 
 
-def _commit() -> str:
-    """The checkout's commit, with "+" when tracked files differ from it; "release" outside a checkout."""
+def commit() -> str:
+    """The checkout's commit, with "+" when tracked files differ from it; "release" outside a checkout; of a copy that was made for a job, what it was
+    copied from."""
     root = Path(__file__).resolve().parent.parent
+    if (root / COMMIT).is_file():
+        return (root / COMMIT).read_text()
     if not (root / ".git").exists():
         return "release"
     try:

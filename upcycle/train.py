@@ -21,6 +21,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from upcycle import stopping
 from upcycle.batches import Batches
 from upcycle.checkpoint import CheckpointWriter
 from upcycle.config import TrainConfig
@@ -219,7 +220,7 @@ def train(
         engine.load_buffers(snapshot)
         snapshot.restore_random_states(run.team)
         run.say(f"going on from step {snapshot.step} of {config.steps}")
-    with _MetricsFile(out / METRICS, snapshot.step if snapshot else 0, run.team) as metrics:
+    with _MetricsFile(out / METRICS, snapshot.step if snapshot else 0, run.team) as metrics, stopping.looking():
         _run_steps(loop, snapshot, out, run, metrics, train_flops_per_token)
     return engine
 
@@ -246,11 +247,17 @@ def _run_steps(
         run.advance(step + 1, config.steps, **row)
         by_steps = run.checkpoint_steps and (step + 1) % run.checkpoint_steps == 0
         by_time = run.checkpoint_seconds and now - saved_at >= run.checkpoint_seconds
-        if step + 1 < config.steps and run.team.share(by_steps or by_time):  # clocks differ between ranks
+        stop = stopping.asked()
+        if step + 1 < config.steps and run.team.share(by_steps or by_time or stop):  # clocks differ between ranks
             metrics.sync()
             save_snapshot(out / "checkpoints", step + 1, loop.engine, run.keep_checkpoints)
             run.saved()
             saved_at = time.monotonic()
+            if run.team.share(stop):
+                run.say(
+                    f"asked to stop: step {step + 1} of {config.steps} is saved, and the same command goes on from there"
+                )
+                raise stopping.Stopped
 
 
 def _handed_over(loop: Loop, step: int, out: Path, run: Run) -> Snapshot:

@@ -1,0 +1,96 @@
+"""How far the stages of a run are, and its jobs, if Slurm has them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from launch.jobs import queue, slurm, submitted_stages
+from upcycle.store import FAILED, RECORD, TIMING
+
+TAIL_BYTES = 65_536  # of metrics.jsonl: more than two rows
+BAD_END = "ended without finishing it"
+
+
+def progress(partial: Path, steps: int, batch_tokens: int) -> str:
+    """How far a training stage is, from the last whole row of its metrics."""
+    path = partial / "metrics.jsonl"
+    try:
+        with path.open("rb") as stream:
+            stream.seek(max(0, path.stat().st_size - TAIL_BYTES))
+            rows = [line for line in stream.read().decode(errors="replace").splitlines() if line.endswith("}")]
+            rows = [line for line in rows if line.startswith("{")]  # the first may lack its beginning
+    except OSError:  # not there yet, or there no more
+        rows = []
+    if not rows:
+        return f"of {steps} steps"
+    row = json.loads(rows[-1])
+    left = (steps - row["step"]) * batch_tokens / row["tokens_per_second"]
+    return f"{row['step']}/{steps}  loss {row['loss']:.3f}  {row['tokens_per_second']:,.0f} tok/s  {left:.0f} s left"
+
+
+def stage_states(run: Path, manifest: Mapping[str, str], store: Path) -> list[tuple[str, str, str]]:
+    """Of each stage its name, its job (empty where Slurm has not seen it) and what became of it so far.
+
+    Raises RuntimeError: Slurm does not answer.
+    """
+    jobs = submitted_stages(run)
+    queued = queue(entry["job"] for entry in jobs.values())
+    rows = []
+    for stage, artifact in manifest.items():
+        entry, place = jobs.get(stage, {}), store / artifact
+        job = entry.get("job", "")
+        if (place / RECORD).is_file():
+            seconds = json.loads((place / TIMING).read_text())["seconds"]
+            said = f"done  {seconds:.1f} s"
+        elif job in queued:
+            said = _queued(*queued[job], place, entry)
+        else:
+            said = _unfinished(run, place, job, entry)
+        rows.append((stage, job, said))
+    return rows
+
+
+def _queued(state: str, left: str, reason: str, place: Path, entry: Mapping) -> str:
+    """A job's state in lower case, why it waits or how far it is, and how long Slurm lets it run."""
+    if state == "PENDING":
+        return f"pending  {reason}"
+    how_far = f"  {_steps(place, entry)}" if "steps" in entry else ""
+    return f"{state.lower()}{how_far}  time limit in {left}"
+
+
+def _steps(place: Path, entry: Mapping) -> str:
+    return progress(_partial(place), entry["steps"], entry["batch_tokens"])
+
+
+def _partial(place: Path) -> Path:
+    return place.with_name(place.name + ".partial")
+
+
+def _unfinished(run: Path, place: Path, job: str, entry: Mapping) -> str:
+    partial = _partial(place)
+    how_far = f"  {_steps(place, entry)}" if "steps" in entry and (partial / "metrics.jsonl").is_file() else ""
+    if (partial / FAILED).is_file():
+        return f"FAILED{how_far}  {json.loads((partial / FAILED).read_text())['error']}"
+    if not job:
+        return f"{'partial' if partial.is_dir() else 'missing'}{how_far}"
+    logs = list((run / "slurm" / "logs").glob(f"*-{job}.log"))
+    if not logs:
+        return "not started: a stage that it needs did not finish, or it was cancelled"
+    return f"{BAD_END}{how_far}  {last_line(logs[0])}"
+
+
+def last_line(log: Path) -> str:
+    """What a process said about its end."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    ours = [line for line in lines if line.startswith("upcycle:")]
+    return (ours or lines or ["it said nothing"])[-1].removeprefix("upcycle: ")
+
+
+def cancel(run: Path) -> list[str]:
+    """Take a run's jobs out of Slurm's queue, running ones too; which they were. Raises RuntimeError: Slurm does not answer."""
+    queued = queue(entry["job"] for entry in submitted_stages(run).values())
+    if queued:
+        slurm("scancel", *queued)
+    return list(queued)
