@@ -13,7 +13,8 @@ upcycle key=value ...          the same with other settings; experiment=tiny is 
 upcycle plan=true              what would run, what it would cost, what is done already; makes nothing (budget= is measured)
 upcycle stage=branch/code      one stage only
 upcycle tokens=50M             that many for branches and mixture together; budget=2h: as many as that time is enough for
-upcycle -m key=a,b ...         a sweep; runs share every artifact they can
+upcycle -m key=a,b ...         a sweep; runs share every artifact they can (docs/cluster.md); hydra/launcher=processes: side by side
+upcycle sweep NAME             write and print a sweep's table again, of what is done by now
 upcycle status [RUN ...]       the runs here and how far they are; of one run every stage, and its job
 upcycle launch=slurm ...       submit what is missing as jobs of Slurm and return; dry_run=true prints the scripts (docs/cluster.md)
 upcycle cancel RUN             take its jobs out of Slurm's queue
@@ -84,6 +85,12 @@ def cancel(arguments: list[str]) -> int:
     from launch.status import print_cancelled
 
     return print_cancelled(arguments)
+
+
+def sweep(arguments: list[str]) -> int:
+    from launch.status import print_sweep
+
+    return print_sweep(arguments)
 
 
 def explain(arguments: list[str]) -> int:
@@ -177,7 +184,7 @@ def route(arguments: list[str]) -> int:
 WORDS = {
     "explain": explain, "doctor": doctor, "export": export, "status": status, "report": report, "replicates": replicates,
     "add": _edit("add"), "remove": _edit("remove"), "dense": _edit("dense"), "fold": _edit("fold"),
-    "route": route, "cancel": cancel,
+    "route": route, "cancel": cancel, "sweep": sweep,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from launch.jobs import queue, slurm, submitted_stages
+from launch.scheduler import queue, slurm, submitted_stages
 from upcycle.store import FAILED, RECORD, TIMING
 
 TAIL_BYTES = 65_536  # of metrics.jsonl: more than two rows
-BAD_END = "ended without finishing it"
 
 
 def progress(partial: Path, steps: int, batch_tokens: int) -> str:
@@ -37,17 +36,19 @@ def stage_states(run: Path, manifest: Mapping[str, str], store: Path) -> list[tu
     """
     jobs = submitted_stages(run)
     queued = queue(entry["job"] for entry in jobs.values())
+    done = {stage for stage, artifact in manifest.items() if (store / artifact / RECORD).is_file()}
     rows = []
     for stage, artifact in manifest.items():
         entry, place = jobs.get(stage, {}), store / artifact
         job = entry.get("job", "")
-        if (place / RECORD).is_file():
+        if stage in done:
             seconds = json.loads((place / TIMING).read_text())["seconds"]
             said = f"done  {seconds:.1f} s"
         elif job in queued:
             said = _queued(*queued[job], place, entry)
         else:
-            said = _unfinished(run, place, job, entry)
+            lacking = [one for one in entry.get("after", ()) if one not in done]
+            said = _unfinished(run, place, entry, lacking)
         rows.append((stage, job, said))
     return rows
 
@@ -68,17 +69,18 @@ def _partial(place: Path) -> Path:
     return place.with_name(place.name + ".partial")
 
 
-def _unfinished(run: Path, place: Path, job: str, entry: Mapping) -> str:
+def _unfinished(run: Path, place: Path, entry: Mapping, lacking: Sequence[str]) -> str:
+    """Of a stage that no job will make: why its last attempt ended, if there was one. lacking: what it needs and nobody has made."""
     partial = _partial(place)
     how_far = f"  {_steps(place, entry)}" if "steps" in entry and (partial / "metrics.jsonl").is_file() else ""
     if (partial / FAILED).is_file():
         return f"FAILED{how_far}  {json.loads((partial / FAILED).read_text())['error']}"
-    if not job:
+    if not entry:
         return f"{'partial' if partial.is_dir() else 'missing'}{how_far}"
-    logs = list((run / "slurm" / "logs").glob(f"*-{job}.log"))
-    if not logs:
-        return "not started: a stage that it needs did not finish, or it was cancelled"
-    return f"{BAD_END}{how_far}  {last_line(logs[0])}"
+    logs = list((run / "slurm" / "logs").glob(f"*-{entry['job']}.log"))
+    if logs:
+        return f"ended without finishing it{how_far}  {last_line(logs[0])}"
+    return f"not started: {f'{lacking[0]} did not finish' if lacking else 'cancelled'}"
 
 
 def last_line(log: Path) -> str:
@@ -89,8 +91,8 @@ def last_line(log: Path) -> str:
 
 
 def cancel(run: Path) -> list[str]:
-    """Take a run's jobs out of Slurm's queue, running ones too; which they were. Raises RuntimeError: Slurm does not answer."""
-    queued = queue(entry["job"] for entry in submitted_stages(run).values())
+    """Take a run's own jobs out of Slurm's queue, running ones too; which they were. Raises RuntimeError: Slurm does not answer."""
+    queued = queue(entry["job"] for entry in submitted_stages(run).values() if not entry.get("shared"))
     if queued:
         slurm("scancel", *queued)
     return list(queued)

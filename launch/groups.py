@@ -160,12 +160,12 @@ def _offload(launch: LaunchConfig) -> list[str]:
     return options
 
 
-def child_environment() -> Mapping[str, str]:
-    """Of processes that this one starts. They bring their own wandb service, for none may end another's (trackers.py)."""
+def child_environment(member: bool = True) -> Mapping[str, str]:
+    """Of processes that this one starts; a `member` makes one stage and drives no others. They bring their own wandb service, for none may end another's (trackers.py)."""
     root = str(Path(__file__).resolve().parent.parent)  # found from any directory, installed or not
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     inherited = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
-    return {**inherited, STARTED: "1", "PYTHONPATH": path}
+    return {**inherited, "PYTHONPATH": path} | ({STARTED: "1"} if member else {})
 
 
 def make_in_group(launch: LaunchConfig, arguments: list[str], stage: Artifact) -> None:

@@ -6,12 +6,9 @@ runs a command can do the same.
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -20,13 +17,11 @@ from pathlib import Path
 
 from launch.overrides import TAKES_A_VALUE
 from launch.running import SlurmConfig
-from upcycle.durable import write_json
 from upcycle.store import COMMIT, Artifact, commit
 
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = Path(__file__).resolve().parent / "slurm" / "job.sh"
-PACKAGES = ("upcycle", "launch", "evals", "conf")
-JOBS = "slurm/jobs.json"  # in the run's directory
+PACKAGES = ("upcycle", "launch", "evals", "conf", "hydra_plugins")
 INSIDE = "UPCYCLE_JOB"  # in a job's environment: host:port of its first node
 DATA = ("documents", "tokenizer", "tokens", "questions")  # stages without a model, short: one job for all
 
@@ -52,21 +47,24 @@ class Job:
         return self.kind if others or self.kind == "data" else first.replace("/", "-")
 
 
-def plan_jobs(stages: Sequence[Artifact]) -> list[Job]:
+def plan_jobs(stages: Sequence[Artifact], queued: Iterable[str] = ()) -> list[Job]:
     """The jobs that make what is missing of `stages` (each after its parents), in an order in which they can be submitted.
 
     Stages of one kind that need the same others are one array; each depends on just those that it needs, so that a stage that fails takes only
-    its own dependants with it.
+    its own dependants with it. queued: stages that a job in the queue will make.
     """
-    missing = {stage.name: stage for stage in stages if not stage.finished}
-    data = [stage for stage in missing.values() if kind_of(stage.name) == "data"]
-    grouped: dict[tuple[str, tuple[str, ...]], list[Artifact]] = {("data", ()): data} if data else {}
-    for stage in missing.values():
-        if kind_of(stage.name) != "data":
-            needed = dict.fromkeys(parent.name for parent in stage.parents() if parent.name in missing)
-            others = tuple(name for name in needed if kind_of(name) != "data")
-            of_data = len(others) < len(needed)
-            grouped.setdefault((kind_of(stage.name), (data[0].name, *others) if of_data else others), []).append(stage)
+    open_stages = {stage.name: stage for stage in stages if not stage.finished}
+    missing = [stage for name, stage in open_stages.items() if name not in set(queued)]
+    data = [stage for stage in missing if kind_of(stage.name) == "data"]
+    stands_for = {stage.name: data[0].name for stage in data}  # any of them for all, which are one job
+    grouped: dict[tuple[str, tuple[str, ...]], list[Artifact]] = {}
+    for stage in missing:
+        own = data if stage in data else [stage]
+        needed = [parent.name for one in own for parent in one.parents() if parent.name in open_stages]
+        after = dict.fromkeys(
+            stands_for.get(name, name) for name in needed if stage not in data or name not in stands_for
+        )
+        grouped.setdefault((kind_of(stage.name), tuple(after)), []).append(stage)
     return [Job(kind, tuple(members), after) for (kind, after), members in grouped.items()]
 
 
@@ -158,78 +156,3 @@ def keep_code(run: Path, settings: Sequence[str]) -> tuple[Path, list[str]]:
 
 def _copied(directory: Path, code: Path) -> Path:
     return Path(shutil.copytree(directory, code / "own_conf", dirs_exist_ok=True))
-
-
-def check_queue(run: Path) -> None:
-    """Raises ValueError: jobs of this run are still in the queue. RuntimeError: Slurm does not answer."""
-    if queued := queue(entry["job"] for entry in submitted_stages(run).values()):
-        first = next(iter(queued))
-        raise ValueError(
-            f"{run}: {len(queued)} of its jobs are in the queue ({first}, ...), expected none; `upcycle status {run.name}` shows them, "
-            f"`upcycle cancel {run.name}` takes them out"
-        )
-
-
-def submit(jobs: Sequence[Job], scripts: Sequence[str], run: Path) -> dict[str, str]:
-    """Hand the jobs to Slurm, each after those that it needs; each stage's job, which is kept in the run's directory too.
-
-    Raises RuntimeError: sbatch refused one; those before it are taken back.
-    """
-    found: dict[str, str] = {}
-    (run / "slurm" / "logs").mkdir(parents=True, exist_ok=True)
-    for job, text in zip(jobs, scripts, strict=True):
-        needed = (
-            [f"--dependency=afterok:{':'.join(dict.fromkeys(found[name] for name in job.after))}"] if job.after else []
-        )
-        try:
-            number = slurm("sbatch", "--parsable", *needed, stdin=text).strip().split(";")[0]
-        except RuntimeError:
-            if found:
-                slurm("scancel", *sorted({one.split("_")[0] for one in found.values()}))
-            raise
-        for index, stage in enumerate(job.stages):
-            found[stage.name] = f"{number}_{index}" if job.array else number
-    steps = {stage.name: _length(stage) for job in jobs for stage in job.stages}
-    record = {stage: {"job": number, **steps[stage]} for stage, number in found.items()}
-    write_json(run / JOBS, {**submitted_stages(run), **record}, sort_keys=False)
-    return found
-
-
-def _length(stage: Artifact) -> dict[str, int]:
-    """How many steps a stage trains, of how many tokens."""
-    from launch.plan import train_of
-
-    train = train_of(stage)
-    return {} if train is None else {"steps": train.steps, "batch_tokens": train.batch_tokens}
-
-
-def submitted_stages(run: Path) -> dict[str, dict]:
-    """Of each stage the `job` it was last given to and, of those that train, `steps` and `batch_tokens`; empty for a run that Slurm has not seen."""
-    path = run / JOBS
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def queue(numbers: Iterable[str]) -> dict[str, tuple[str, str, str]]:
-    """State, time left and reason of those jobs that are in the queue, array tasks one by one.
-
-    Raises RuntimeError: Slurm does not answer.
-    """
-    wanted = set(numbers)
-    if not wanted:
-        return {}
-    text = slurm("squeue", "--noheader", "--array", "--user", str(os.getuid()), "--format", "%i|%T|%L|%r")
-    rows = [line.split("|") for line in text.splitlines()]
-    return {job: (state, left, reason) for job, state, left, reason in rows if job in wanted}
-
-
-def slurm(*words: str, stdin: str | None = None) -> str:
-    """What a command of Slurm's prints. Raises RuntimeError: it is not there, or failed."""
-    try:
-        done = subprocess.run(words, input=stdin, capture_output=True, text=True)
-    except FileNotFoundError:
-        raise RuntimeError(
-            f"{words[0]}: no such program, expected Slurm's on this machine; start this where jobs are submitted"
-        ) from None
-    if done.returncode:
-        raise RuntimeError(f"{words[0]}: {' '.join(done.stderr.split()) or f'exit status {done.returncode}'}")
-    return done.stdout

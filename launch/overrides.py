@@ -124,13 +124,18 @@ def own_arguments(tokens: int | None = None) -> list[str]:
     """
     from hydra.core.hydra_config import HydraConfig
 
-    typed, options = sys.argv[1:], []
+    left_out = ("stage=",) if tokens is None else ("stage=", "budget=", "tokens=")
+    settings = [one for one in HydraConfig.get().overrides.task if not one.startswith(left_out)]
+    return [*options_of(sys.argv[1:]), *settings, *([] if tokens is None else ["budget=null", f"tokens={tokens}"])]
+
+
+def options_of(typed: list[str]) -> list[str]:
+    """The command's options, such as `--config-dir DIR`, less those that make it a sweep."""
+    options = []
     for before, argument in zip(["", *typed], typed, strict=False):
         if before in TAKES_A_VALUE or (argument.startswith("-") and argument not in SWEEPS):
             options.append(argument)
-    left_out = ("stage=",) if tokens is None else ("stage=", "budget=", "tokens=")
-    settings = [one for one in HydraConfig.get().overrides.task if not one.startswith(left_out)]
-    return [*options, *settings, *([] if tokens is None else ["budget=null", f"tokens={tokens}"])]
+    return options
 
 
 def swept_keys(arguments: list[str]) -> set[str]:

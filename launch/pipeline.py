@@ -8,9 +8,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,31 +20,29 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from launch.branches import make_side_by_side, shares, waiting_branches
+from launch.branches import make_side_by_side, waiting_branches
 from launch.config import Config, build, plain
+from launch.group_checks import check_group
 from launch.groups import (
     STARTED,
-    command,
     drives,
-    launch_file,
     make_in_group,
     member,
-    processes_of,
-    strategy_of,
     visible_gpus,
 )  # fmt: skip
-from launch.jobs import INSIDE, check_queue, keep_code, kind_of, plan_jobs, script, submit
+from launch.jobs import INSIDE
 from launch.overrides import CONF, check_package, explained, own_arguments, rewritten, swept_keys
-from launch.plan import check_sources, check_texts, print_dry_run, print_plan, train_of
+from launch.plan import check_sources, check_texts, print_dry_run, print_plan
 from launch.recipes import Experiment, upcycle
-from launch.running import LaunchConfig, SlurmConfig
+from launch.running import SlurmConfig
+from launch.submission import hand_over, planned_jobs, within_job
+from launch.sweep import Table, note_point
 from upcycle import stopping
 from upcycle.config import nearest
 from upcycle.directories import check_new, check_room
 from upcycle.durable import atomic_directory, write_json
 from upcycle.explain import explain
 from upcycle.merged import is_merged, merge_in_words
-from upcycle.phases import check_ranks, check_strategy
 from upcycle.store import RECORD, Artifact, Run, Store
 from upcycle.team import Team, in_group, leave
 
@@ -55,10 +51,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def compose(raw: DictConfig) -> None:
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
+    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    if sweep:
         _announce_job()
     out = Path(HydraConfig.get().runtime.output_dir)
+    makes = not (raw.plan or raw.dry_run) and os.environ.get("RANK", "0") == "0"
+    overrides, error = list(HydraConfig.get().overrides.task), None
     try:
+        if sweep and makes:
+            note_point(out, overrides, "it did not come to its end", ended=False)
         check_package(raw)
         plain: Any = OmegaConf.to_container(raw, resolve=True, throw_on_missing=True)
         run(plain, out)
@@ -66,12 +67,17 @@ def compose(raw: DictConfig) -> None:
         if os.environ.get(STARTED) != "1" and os.environ.get("RANK", "0") == "0":  # a group's driver says it, once
             print("\nupcycle: stopped; the same command goes on from there", file=sys.stderr)
         sys.exit(130)
-    except Exception as error:  # a user wants a line, and says so when they want the frames
+    except Exception as failure:  # a user wants a line, and says so when they want the frames
         if os.environ.get("UPCYCLE_TRACEBACK"):
             raise
-        sys.exit(_fail(error))
+        code, error = _fail(failure), one_line(failure)
+        if not sweep or in_group():
+            sys.exit(code)
+        Table.failed = True  # and the other points go on
     finally:
         _drop_empty(out)
+    if sweep and makes:
+        note_point(out, overrides, error, ended=True)
 
 
 def _announce_job() -> None:
@@ -113,12 +119,16 @@ def _plan_or_make(cfg: Config, out: Path, team: Team, console: Console, budget: 
     stages = asked_stages(cfg, experiment.store)
     check_destination(cfg, experiment)
     if isinstance(cfg.launch, SlurmConfig):
-        hand_over(cfg, cfg.launch, experiment, stages, out, console)
+        jobs, queued = planned_jobs(cfg, cfg.launch, stages, out)
+        if not cfg.dry_run:
+            check_sources(stages, console)
+            write_manifest(cfg, experiment, out, None)
+            hand_over(cfg, cfg.launch, stages, jobs, queued, out, console)
         return
     if cfg.dry_run:
         print_dry_run(experiment, console)
         return
-    _check_group(cfg, team, stages)
+    check_group(cfg.launch, team, stages)
     if os.environ.get(STARTED) == "1":  # one stage of a run that has a driver
         compute(cfg, experiment.store, stages, console, team, out)
         return
@@ -150,47 +160,6 @@ def asked_stages(cfg: Config, store: Store) -> list[Artifact]:
     return [stage for name, stage in store.stages.items() if name in asked]
 
 
-def within_job(cfg: Config) -> Config:
-    """Inside a job of Slurm, the settings of its node; elsewhere the settings as they are."""
-    if not isinstance(cfg.launch, SlurmConfig) or INSIDE not in os.environ or cfg.stage is None:
-        return cfg
-    first = cfg.stage if isinstance(cfg.stage, str) else cfg.stage[0]
-    rank = int(os.environ.get("SLURM_NODEID", "0"))
-    return replace(cfg, launch=cfg.launch.within(kind_of(first), rank, os.environ[INSIDE]))
-
-
-def hand_over(
-    cfg: Config, launch: SlurmConfig, experiment: Experiment, stages: list[Artifact], out: Path, console: Console
-) -> None:
-    """Submit what is missing of `stages` to Slurm and return at once; with dry_run, print the scripts.
-
-    Raises ValueError: settings, texts or checkpoints that would fail later; jobs of this run in the queue. RuntimeError: see `jobs.submit`.
-    """
-    jobs = plan_jobs(stages)
-    settings = [one for one in own_arguments(cfg.tokens) if not one.startswith("dry_run=")]
-    for job in jobs:
-        _check_job(job.stages, launch.within(job.kind, 0, "first:1"))
-        text = script(job, launch, settings, out, out.absolute() / "slurm" / "code")
-        if cfg.dry_run:
-            after = f", after {', '.join(job.after)}" if job.after else ""
-            print(f"######## {job.name}{after}\n{text}")
-    if cfg.dry_run:
-        return
-    check_queue(out)
-    check_sources(stages, console)
-    write_manifest(cfg, experiment, out, None)
-    code, settings = keep_code(out, settings)
-    found = submit(jobs, [script(job, launch, settings, out, code) for job in jobs], out)
-    for job in jobs:
-        numbers = found[job.stages[0].name].split("_")[0] + (f"_[0-{len(job.stages) - 1}]" if job.array else "")
-        console.print(f"{numbers:16} {', '.join(one.name for one in job.stages)}", highlight=False, markup=False)
-    done = len(stages) - sum(len(job.stages) for job in jobs)
-    console.print(
-        f"{len(jobs)} jobs submitted, {done} of {len(stages)} stages were done; `upcycle status {cfg.name}` follows them",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
-
-
 def _prepare_environment() -> None:
     """What torch and others read when they are imported."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -199,35 +168,6 @@ def _prepare_environment() -> None:
     # GNU OpenMP's waiting threads spin for long by default, which made a step ten times slower beside another busy
     # process; this short a spin is as fast on an idle machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
-
-def _check_group(cfg: Config, team: Team, stages: list[Artifact]) -> None:
-    """Raises ValueError: settings of the launch that cannot be, or batches that its processes cannot share evenly."""
-    ranks, of_branch, strategy = team.size, team.size, team.strategy
-    if drives(cfg.launch):
-        if cfg.launch.config is not None:
-            ranks, strategy = processes_of(cfg.launch), strategy_of(launch_file(cfg.launch))
-            command(cfg.launch, [], "")  # for what it raises
-        of_branch = shares(cfg.launch)[0]["processes"] if cfg.launch.parallel_branches > 1 else ranks
-    _check_batches(stages, ranks, of_branch, strategy)
-
-
-def _check_batches(stages: Sequence[Artifact], ranks: int, of_branch: int, strategy: str) -> None:
-    """Raises ValueError: see `phases.check_ranks` and `check_strategy`."""
-    for stage in stages:
-        if (train := train_of(stage)) is not None and not stage.finished:
-            kind, _, name = stage.name.partition("/")
-            where = {"branch": f"branches.{name}.train", "mix": f"mixtures.{name}.train", "seed": "seed.train"}
-            check_ranks(train, of_branch if kind == "branch" else ranks, where.get(kind, kind))
-            check_strategy(train, strategy, where.get(kind, kind))
-
-
-def _check_job(stages: Sequence[Artifact], launch: LaunchConfig) -> None:
-    """`_check_group`, for a group that a job on other machines will start."""
-    if launch.config is not None:
-        command(launch, [], "")  # for what it raises
-        ranks = processes_of(launch)
-        _check_batches(stages, ranks, ranks, strategy_of(launch_file(launch)))
 
 
 def compute(cfg: Config, store: Store, stages: list[Artifact], console: Console, team: Team, out: Path) -> None:
@@ -368,6 +308,8 @@ def main() -> None:
         sys.argv[1:] = rewritten(sys.argv[1:])
         compose()
         leave()
+        if Table.failed:
+            sys.exit(2)
     except Exception as error:  # a settings file may also be no YAML at all
         if os.environ.get("UPCYCLE_TRACEBACK"):
             raise

@@ -123,6 +123,21 @@ def print_cancelled(arguments: list[str]) -> int:
     return 0
 
 
+def print_sweep(arguments: list[str]) -> int:
+    """Write and print a sweep's table again."""
+    from launch.sweep import write_tables
+
+    try:
+        if len(arguments) != 1:
+            raise ValueError(f"sweep: got {' '.join(arguments) or 'nothing'}, expected one: upcycle sweep NAME")
+        named = Path(arguments[0])
+        text, failed = write_tables(named if named.is_dir() else RUNS / named)
+    except (ValueError, OSError) as error:
+        return _refused(error)
+    print(text)
+    return 2 if failed else 0
+
+
 def _refused(error: Exception) -> int:
     print(f"upcycle: {error}", file=sys.stderr)
     return 2

@@ -1,0 +1,74 @@
+"""A run with launch=slurm: what is submitted of it, and what its settings are inside a job."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from launch.config import Config
+from launch.group_checks import check_job
+from launch.jobs import INSIDE, Job, keep_code, kind_of, plan_jobs, script
+from launch.overrides import own_arguments
+from launch.running import SlurmConfig
+from launch.scheduler import queued_stages, submit
+from upcycle.store import Artifact
+
+
+def within_job(cfg: Config) -> Config:
+    """Inside a job of Slurm, the settings of its node; elsewhere the settings as they are."""
+    if not isinstance(cfg.launch, SlurmConfig) or INSIDE not in os.environ or cfg.stage is None:
+        return cfg
+    first = cfg.stage if isinstance(cfg.stage, str) else cfg.stage[0]
+    rank = int(os.environ.get("SLURM_NODEID", "0"))
+    return replace(cfg, launch=cfg.launch.within(kind_of(first), rank, os.environ[INSIDE]))
+
+
+def planned_jobs(
+    cfg: Config, launch: SlurmConfig, stages: Sequence[Artifact], out: Path
+) -> tuple[list[Job], dict[str, str]]:
+    """The jobs that make what is missing of `stages`, and by stage those in the queue that will. With dry_run, prints the scripts.
+
+    Raises ValueError: settings that would fail inside a job. RuntimeError: Slurm does not answer.
+    """
+    queued = {} if cfg.dry_run else queued_stages(stages)
+    jobs, settings = plan_jobs(stages, queued), _settings(cfg)
+    for job in jobs:
+        check_job(job.stages, launch.within(job.kind, 0, "first:1"))
+        text = script(job, launch, settings, out, out.absolute() / "slurm" / "code")
+        if cfg.dry_run:
+            after = f", after {', '.join(job.after)}" if job.after else ""
+            print(f"######## {job.name}{after}\n{text}")
+    return jobs, queued
+
+
+def _settings(cfg: Config) -> list[str]:
+    return [one for one in own_arguments(cfg.tokens) if not one.startswith("dry_run=")]
+
+
+def hand_over(
+    cfg: Config,
+    launch: SlurmConfig,
+    stages: Sequence[Artifact],
+    jobs: list[Job],
+    queued: dict[str, str],
+    out: Path,
+    console: Console,
+) -> None:
+    """Submit the jobs and return at once. Raises RuntimeError: see `scheduler.submit`."""
+    if jobs:
+        code, settings = keep_code(out, _settings(cfg))
+        found = submit(jobs, [script(job, launch, settings, out, code) for job in jobs], out, queued)
+        for job in jobs:
+            numbers = found[job.stages[0].name].split("_")[0] + (f"_[0-{len(job.stages) - 1}]" if job.array else "")
+            names = ", ".join(one.name for one in job.stages)
+            console.print(f"{numbers:16} {names}", highlight=False, markup=False, soft_wrap=True)
+    done = sum(stage.finished for stage in stages)
+    waiting = f", {len(queued)} were in the queue" if queued else ""
+    console.print(
+        f"{len(jobs)} jobs submitted; {done} of {len(stages)} stages were done{waiting}. `upcycle status {cfg.name}` follows them",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
