@@ -198,7 +198,7 @@ def _moved(case: Case, group: str, figure: str, count: int) -> Finding | None:
     """Do the `count` parameters of a group get gradients that AdamW can use?"""
     check, norms = f"{group} {'learns' if group == 'router' else 'learn'}", case.series(figure)
     if case.state == "assembled":
-        return Finding(check, "ok", "not trained yet", None, "")
+        return Finding(check, "ok", "not trained yet, or not since it was changed", None, "")
     if not norms.size:
         return None
     trained_in, names = [], case.parameter_names()

@@ -102,7 +102,7 @@ def show(case: Case, findings: list[Finding], console: Console, every: bool = Tr
     from evals.doctor import worst
 
     verdict = worst(findings)
-    title = Text.assemble(f"{case.directory}: {STATES[case.state]}: ", (verdict, STYLES[verdict]))
+    title = Text.assemble(f"{case.directory}: {_state(case)}: ", (verdict, STYLES[verdict]))
     console.print(title, soft_wrap=True)
     shown = [finding for finding in findings if every or finding.verdict != "ok"]
     table = Table(box=None, pad_edge=False, header_style="")
@@ -125,3 +125,12 @@ def show_counts(seen: list[tuple[Case, str]], console: Console) -> None:
     """How many mixtures have which verdict."""
     counts = {verdict: [worst for _, worst in seen].count(verdict) for verdict in ("bad", "look", "ok")}
     console.print(Text(", ".join(f"{count} {verdict}" for verdict, count in counts.items())))
+
+
+def _state(case: Case) -> str:
+    from upcycle.explain import read_json
+
+    record = read_json(case.directory / "assembly.json") or {}
+    changes = [*record.get("edits", []), record.get("folded", {})]
+    before = [change["trained_before"] for change in changes if "trained_before" in change]
+    return f"changed after its training ({before[-1]})" if before and case.state == "assembled" else STATES[case.state]

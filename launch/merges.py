@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from launch.lineage import add
 from upcycle.batches import consumed_tokens
 from upcycle.config import CurvatureConfig, SamplesConfig, nearest
-from upcycle.merge_config import MergeConfig
+from upcycle.merge_config import ROLES, MergeConfig
 from upcycle.mixture_config import AssembleConfig
 from upcycle.stages import compare_curvature, compare_task_arithmetic, learn_camex, measure_curvature
 from upcycle.store import Artifact, Store
@@ -106,9 +107,9 @@ def reads(merge: MergeConfig, members: Iterable[str]) -> dict[str, list[str]]:
 
 
 def curvature_cost(
-    cfg: Config, merge: MergeConfig, members: Iterable[str], shape: Shape
+    cfg: Config, merge: MergeConfig, members: Iterable[str], shape: Shape, choice: AssembleConfig | None = None
 ) -> tuple[dict[str, int], float]:
-    """(tokens of each domain that something was learned from, FLOPs) of what a merge reads; shape: the seed's.
+    """(tokens of each domain that something was learned from, FLOPs) of what a merge reads; shape: the seed's; choice: of a mixture.
 
     Statistics are counted by the passes that they take, each for itself although merges share them; they teach nothing new, and so
     count no tokens.
@@ -119,16 +120,32 @@ def curvature_cost(
             each = own.sequences * own.sequence_length * shape.forward_flops_per_token(own.sequence_length)
             flops += len(models) * PASSES[kind] * each
             continue
-        from upcycle.merge import learned_options
+        from upcycle.merge import learning
 
-        options = learned_options(merge)
-        sequences = options["steps"] * options["batch_sequences"]
-        for name in models:
-            taken = consumed_tokens(texts_of(cfg, name), own.rng_seed, own.sequence_length, sequences)
-            domains = {domain: domains.get(domain, 0) + taken.get(domain, 0) for domain in {*domains, *taken}}
-        flops += 3 * options["steps"] * shape.map_flops(len(models), options["rank"])
-        flops += sum(domains.values()) * shape.train_flops_per_token(own.sequence_length)
+        texts = {name: texts_of(cfg, name) for name in models}
+        domains, learned = learning_cost(
+            learning(merge, models, texts, own.sequence_length, own.rng_seed, choice), shape
+        )
+        flops += learned
     return domains, flops
+
+
+def learning_cost(config: Mapping[str, Any], shape: Shape) -> tuple[dict[str, int], float]:
+    """(tokens of each domain, FLOPs) of learning a CAMEx merge; config: of `stages.learn_camex`; shape: the seed's.
+
+    Of a mixture, the feed-forwards of layers without experts, and keys and values that BAM's experts share, are merged too and not counted.
+    """
+    from upcycle.merge import kinds_of
+
+    options, merge, choice = config["options"], config["merge"], config["assemble"]
+    sequences, length = options["steps"] * options["batch_sequences"], config["sequence_length"]
+    domains: dict[str, int] = {}
+    for shares in config["texts"].values():
+        domains = add(domains, consumed_tokens(shares, config["rng_seed"], length, sequences))
+    experts = set() if choice is None else {"mlp"} | ({"attention"} if choice.attention == "mixture" else set())
+    roles = [role for role in ROLES if role not in experts and "camex" in kinds_of(merge.of(role))]
+    maps = 3 * options["steps"] * shape.map_flops(len(config["texts"]), options["rank"], roles)
+    return domains, maps + sum(domains.values()) * shape.train_flops_per_token(length)
 
 
 def curvature_stages(merge: MergeConfig, members: Iterable[str], owner: str) -> list[list[str]]:

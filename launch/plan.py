@@ -10,6 +10,7 @@ from rich.table import Table
 
 from evals.stages import ablate_model, evaluate_model
 from launch.lineage import Lineage, train_flops
+from launch.merges import learning_cost
 from launch.recipes import Experiment
 from upcycle.config import TrainConfig
 from upcycle.explain import check_family, explain_plan
@@ -17,6 +18,7 @@ from upcycle.stages import (
     assemble_moe,
     draw_moe,
     import_model,
+    learn_camex,
     measure_curvature,
     merge_models,
     prepare_seed,
@@ -38,6 +40,10 @@ def human(number: float | None, unit: str = "") -> str:
 def stage_cost(experiment: Experiment, stage: Artifact) -> tuple[Lineage | None, float | None, int | None]:
     """(lineage of the model it makes or measures, FLOPs of its training, bytes it keeps in memory for it)."""
     _, _, name = stage.name.rpartition("/")
+    if stage.function is learn_camex:
+        seed = experiment.lineages["seed"]
+        held = 4 * seed.parameters * (len(stage.config["weights"]) + 2)  # the models, the merged one and its gradient
+        return seed, learning_cost(stage.config, seed.shape)[1], held
     lineage = experiment.lineages.get(name)
     if lineage is None or stage.name.startswith(("documents/", "tokens/", "questions/")):
         return None, None, None

@@ -293,7 +293,7 @@ def _before_training(cfg: Config, name: str, lineages: Mapping[str, Lineage]) ->
     measured = curvature_stages(choice.merge, models, name)
     start = together(lineages["seed"], {one: lineages[one] for one in cfg.branches if one in models})
     shape = seed.assembled(choice, list(cfg.branches))
-    start = start.read(*curvature_cost(cfg, choice.merge, models, seed))
+    start = start.read(*curvature_cost(cfg, choice.merge, models, seed, choice))
     return _followed(replace(start, shape=shape), *measured, [f"assemble/{name}"])
 
 

@@ -34,7 +34,7 @@ def submit(jobs: Sequence[Job], scripts: Sequence[str], run: Path, queued: dict[
         for index, stage in enumerate(job.stages):
             found[stage.name] = f"{number}_{index}" if job.array else number
             note = _note(stage)
-            note.parent.mkdir(exist_ok=True)
+            note.parent.mkdir(parents=True, exist_ok=True)
             write_json(note, {"job": found[stage.name]})
     record = {
         stage.name: {"job": found[stage.name], "after": job.after, **_length(stage)}

@@ -21,7 +21,7 @@ from upcycle.camex_learning import learn_from, mapped_sides, merged_tensors
 from upcycle.checkpoint import Checkpoint
 from upcycle.kronecker import FACTORS
 from upcycle.merge import check_merge, check_options, readers
-from upcycle.merge_config import MergeConfig, RoleConfig
+from upcycle.merge_config import ROLES, MergeConfig, RoleConfig
 from upcycle.merger import Merger, Statistics
 from upcycle.mixture_config import AssembleConfig
 from upcycle.roles import TensorFacts
@@ -235,7 +235,7 @@ def test_what_has_which_factors_and_what_is_refused():
         == ("in1", "in2")
     )
     assert mapped_sides("w", (6,), kinds["norm"]) == ()
-    with pytest.raises(ValueError, match=r"merge=camex: w \(1021, 6\): .*splits into 1 × 1021 at best"):
+    with pytest.raises(ValueError, match=r"1021 splits into 1 × 1021 at best.*; w \(1021, 6\): write merge=camex's"):
         mapped_sides("w", (1021, 6), kinds["attention"])
     two = MergeConfig(method="camex", roles={"norm": RoleConfig(method="camex", options={"rank": 2})})
     with pytest.raises(ValueError, match="two roles learn camex with different options"):
@@ -251,11 +251,32 @@ def test_what_has_which_factors_and_what_is_refused():
     assert readers(MergeConfig(method="camex", options={"curvature": "fisher"}), NAMES) == {"fisher": list(NAMES)}
 
 
-def test_a_base_that_is_no_model_is_named(models, data):
+def test_a_base_that_is_no_model_is_named_before_any_work():
     with pytest.raises(
-        ValueError, match="base='maths' is not known, expected seed, mean, zeros or one of seed, code, law"
+        ValueError, match=r"base='lww' is not known, expected one of seed, mean, zeros, code, law; did you mean law\?"
     ):
-        learn_from(settings(base="maths"), models, data, quiet)
+        check_merge(MergeConfig(method="camex", options={"base": "lww"}), NAMES)
+    with pytest.raises(ValueError, match="merge.roles.norm|base='x' is not known"):
+        check_merge(MergeConfig(roles={"norm": RoleConfig(method="camex", options={"base": "x"})}), NAMES)
+    with pytest.raises(ValueError, match="base=mean is no model's name here, and a branch is called so"):
+        check_merge(MergeConfig(method="camex", options={"base": "mean"}), [*NAMES, "mean"])
+    check_merge(MergeConfig(method="camex", options={"base": "law"}), NAMES)
+
+
+def test_learning_stops_at_a_loss_that_is_no_number(models, data):
+    with pytest.raises(
+        FloatingPointError, match=r"step 2 of 3: the loss of the merged model is nan; lower merge=camex's lr \(1e\+20\)"
+    ):
+        learn_from(settings(steps=3, lr=1e20), models, data, quiet)
+
+
+def test_a_size_without_factors_stops_only_where_it_would_be_learned():
+    wide = declared(
+        "experiment=tiny", "+merges.c={method: camex, roles: {mlp: average}}", "seed.sizes.intermediate_size=1031"
+    )
+    assert wide.lineages["c"].flops > wide.lineages["soup"].flops
+    with pytest.raises(ValueError, match="write merge=camex's curvature=fisher, or another method for its role"):
+        declared("experiment=tiny", "+merges.c=camex", "seed.sizes.intermediate_size=1031")
 
 
 def test_what_learning_reads_and_computes_is_counted():
@@ -276,13 +297,18 @@ def test_what_learning_reads_and_computes_is_counted():
     tokens = 4 * 10 * 2 * 64  # models, steps, sequences, tokens
     assert camex.tokens - plain.tokens == tokens
     assert set(camex.domains) == {"code", "law", "math", "general"} and camex.domains["code"] > plain.domains["code"]
-    maps = 3 * 10 * seed.map_flops(4, 2)
+    maps = 3 * 10 * seed.map_flops(4, 2, ROLES)
     assert camex.flops - plain.flops == pytest.approx(tokens * seed.train_flops_per_token(64) + maps)
     assert found["btx"].tokens - found["btx_top1"].tokens == tokens
     matrices = [(48, 48)] * 2 + [(24, 48)] * 2 + [(48, 128), (128, 48), (128, 48)]  # of a layer
     of = {48: (6, 8), 24: (4, 6), 128: (8, 16)}
     slow = sum(2 * rows * columns * (sum(of[rows]) + sum(of[columns])) for rows, columns in matrices)
-    assert seed.map_flops(1, 1) == 2 * slow + 2 * 1024 * 48 * sum(of[48])
+    table = 2 * 1024 * 48 * sum(of[48])
+    assert seed.map_flops(1, 1, ROLES) == 2 * slow + table
+    assert seed.map_flops(1, 1, ["embedding", "norm"]) == table
+    assert seed.map_flops(1, 1, ["attention"]) + seed.map_flops(1, 1, ["mlp"]) == 2 * slow
+    shown = found["btx"].flops - found["btx_top1"].flops  # training differs too: top-2 and top-1
+    assert shown > tokens * seed.train_flops_per_token(64)
 
 
 def test_roles_that_go_another_way_are_that_in_learning_too(models, data, tmp_path):

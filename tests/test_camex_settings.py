@@ -9,6 +9,7 @@ import tiny
 
 import upcycle
 from tests.test_merges import configured
+from upcycle.assembly import placed_experts, upcycled_config
 from upcycle.combine_config import CombineConfig
 from upcycle.configuration import UpcycledConfig
 from upcycle.experts import place
@@ -48,6 +49,9 @@ REFUSED = {
     "leave differences of 0, which teach no curvature": {"placement": {"experts": "seed"}},
     "is also among placement.experts=['seed', 'code']": {"placement": {"experts": ["seed", "code"]}},
     "alpha: Input should be greater than 0": {"alpha": 0.0},
+    "alpha: Input should be less than or equal to 1000": {"alpha": 1e39},
+    "alpha: Input should be a finite number": {"alpha": float("inf")},
+    "rank: Input should be less than or equal to 256": {"rank": 257},
     "drop: Input should be less than 1": {"drop": 1.0},
 }  # fmt: skip
 
@@ -78,6 +82,20 @@ def test_the_base_is_one_of_the_models_and_none_of_the_routed():
     assert [one.name for one in mean.experts] == ["seed", "code"] and mean.base == ()
     with pytest.raises(ValueError, match="two experts or more beside the base seed, got code; add a branch"):
         place(choice(), ["code"], layers=2, width=8)
+    with pytest.raises(
+        ValueError, match="combine.base=mean is no model's name, and a branch is called so; rename that branch"
+    ):
+        place(choice(base="mean"), ["code", "mean"], layers=2, width=8)
+
+
+def test_segments_as_long_as_all_positions_are_refused():
+    seed = tiny.dense_config("llama")
+    long, short = (choice(router={"pool": {"tokens": tokens}}) for tokens in (64, 63))
+    with pytest.raises(
+        ValueError, match=r"router.pool.tokens=64: the seed has 64 positions, so every text would be a first segment"
+    ):
+        upcycled_config(seed, placed_experts(seed, ["code", "law"], long), long)
+    assert upcycled_config(seed, placed_experts(seed, ["code", "law"], short), short).router_options["tokens"] == 63
     with pytest.raises(ValueError, match="combine.base=lwa is not known, .* did you mean law"):
         place(choice(base="lwa"), ["code", "law"], layers=2, width=8)
     assert AssembleConfig().combine == CombineConfig()

@@ -610,7 +610,7 @@ def test_a_wrong_edit_never_appears(sources, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"forced to expert 'seed' the edited mixture's logits differ"):
         upcycle.remove_expert(moe, "law", tmp_path / "out")
     monkeypatch.setattr(editing, "edited_tensors", lambda *args: list(tensors(*args))[1:])
-    with pytest.raises(ValueError, match=r"has shape None, expected .*1 such tensors in all"):
+    with pytest.raises(ValueError, match=r"is missing \(1 such tensors in all"):
         upcycle.remove_expert(moe, "law", tmp_path / "out")
     parts = dense._parts
     monkeypatch.setattr(dense, "_parts", lambda mixture, piece, experts: parts(mixture, piece, [0]))

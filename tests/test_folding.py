@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 
+import upcycle
 from tests.test_camex import FORMS, layers_of, mixture_of
 from upcycle import folding, soft_merging
+from upcycle.explain import explain
 from upcycle.folding import fold
 from upcycle.modeling import UpcycledForCausalLM
 
@@ -36,13 +42,13 @@ def test_a_fold_that_leaves_the_curvature_out_is_noticed(case, tmp_path, monkeyp
     model.save_pretrained(tmp_path / "bent")
     assert fold(tmp_path / "bent", tmp_path / "right").difference < 1e-5
 
-    def careless(model):
+    def careless(model, directory):
         for layer in layers_of(model):
             layer.experts.double()
             for key, one in layer.experts.named_parameters():
                 if "curvature_" in key:
                     one.data.copy_(torch.eye(one.shape[-1]).expand_as(one))
-        return right(model)
+        return right(model, directory)
 
     right = folding._folded_tensors
     monkeypatch.setattr(folding, "_folded_tensors", careless)
@@ -57,7 +63,58 @@ def test_what_cannot_be_folded_is_refused_and_leaves_nothing(tmp_path, monkeypat
         fold(tmp_path / "chained", tmp_path / "out")
     mixture_of(FORMS["ca"], dtype=torch.float32).save_pretrained(tmp_path / "bent")
     wrong = folding._folded_tensors
-    monkeypatch.setattr(folding, "_folded_tensors", lambda model: {n: 1.1 * t for n, t in wrong(model).items()})
+    monkeypatch.setattr(folding, "_folded_tensors", lambda *given: {n: 1.1 * t for n, t in wrong(*given).items()})
     with pytest.raises(ValueError, match="folded mixture's logits differ by"):
         fold(tmp_path / "bent", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def damaged_record(where):
+    (where / "assembly.json").write_text('{"tensors": 3}')
+    return "assembly.json"
+
+
+def not_a_number(where):
+    state = load_file(where / "model.safetensors")
+    name = next(name for name in state if "curvature_" in name)
+    state[name].view(-1)[0] = float("nan")
+    save_file(state, where / "model.safetensors", {"format": "pt"})
+    return f"{name} holds NaN or infinity"
+
+
+def no_number(where):
+    config = json.loads((where / "config.json").read_text())
+    config["combine"]["alpha"] = "x"
+    (where / "config.json").write_text(json.dumps(config))
+    return "combine.alpha='x', expected float"
+
+
+@pytest.mark.parametrize("damage", [damaged_record, not_a_number, no_number])
+@pytest.mark.parametrize("prove", [True, False])
+def test_damage_is_named_before_anything_is_folded(damage, prove, tmp_path):
+    mixture_of(FORMS["ca"], dtype=torch.float32).save_pretrained(tmp_path / "bent")
+    expected = damage(tmp_path / "bent")
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        fold(tmp_path / "bent", tmp_path / "out", prove=prove)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("first", ["uniform", "seed"])
+def test_the_record_of_a_folded_mixture_is_of_its_own_tensors(first, tmp_path):
+    """A base that travelled is gone where scores sum to 1. What the mixture was trained as is said."""
+    for name, model in zip(("seed", "code", "law"), tiny.dense_models("llama", dtype=torch.float32), strict=True):
+        model.save_pretrained(tmp_path / name)
+    own = {"router": {"pool": {"tokens": 4, "first": first}}, "combine": {"base": "mean"}}
+    branches = {name: tmp_path / name for name in ("code", "law")}
+    made = upcycle.assemble(
+        seed=tmp_path / "seed", branches=branches, out=tmp_path / "bent", method="camex_dynamic", **own
+    )
+    record = {"function": "train_model", "stage": "mix/x", "key": "0123456789", "config": {}}
+    (tmp_path / "bent" / "stage.json").write_text(json.dumps(record))
+    fold(made, tmp_path / "out")
+    found = explain(tmp_path / "out")
+    assert found.parameters == sum(
+        tensor.numel() for tensor in load_file(tmp_path / "out" / "model.safetensors").values()
+    )
+    assert not any("base_" in row.target for row in found.tensors)
+    assert any("trained before that (stage mix/x-01234567)" in note for note in found.notes)

@@ -20,11 +20,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from upcycle.assembly import upcycled_config
 from upcycle.batches import Batches, consumed_tokens, run_key
-from upcycle.camex_merging import base_of, combined
+from upcycle.camex_merging import BASES, base_of, combined
 from upcycle.checkpoint import Checkpoint, CheckpointWriter, Stored
 from upcycle.cost import Shape, placed
 from upcycle.durable import write_json
-from upcycle.kronecker import FACTORS, LARGEST_FACTOR, factor_pair
+from upcycle.kronecker import FACTORS, OF_A_MERGE, factor_pair
 from upcycle.kronecker_map import start
 from upcycle.merge import kinds_of
 from upcycle.merge_config import MergeConfig
@@ -106,13 +106,7 @@ def mapped_sides(name: str, shape: tuple[int, ...], facts: TensorFacts) -> tuple
         return ()
     sides = FACTORS[2:] if facts.role in ("embedding", "head") else FACTORS
     for size in shape[1:] if len(sides) == 2 else shape:
-        try:
-            factor_pair(size)
-        except ValueError as error:
-            raise ValueError(
-                f"merge=camex: {name} {tuple(shape)}: {error} (factors above {LARGEST_FACTOR} are too large to learn); write curvature=fisher, or "
-                "another method for its role"
-            ) from None
+        factor_pair(size, f"{name} {shape}: {OF_A_MERGE}")
     return sides
 
 
@@ -133,7 +127,7 @@ def learn(
     model: of the seed's class; its own weights are not read. states: fp32 tensors of every model, the seed's ("seed") too whether or not it has a
     share. merged: the tensors that are learned to be merged. constant: those that are merged otherwise, as they come out. The others are
     each model's own. texts: each model's training text. weights: of those that have a share, above 0. options: of merge=camex
-    (camex_merging.camex_solved).
+    (camex_merging.camex_solved). Raises FloatingPointError: a loss that is no number.
     """
     shapes = {name: tuple(states[SEED][name].shape) for name in merged}
     sides = {name: mapped_sides(name, shape, facts.get(name, UNKNOWN)) for name, shape in shapes.items()}
@@ -152,6 +146,11 @@ def learn(
         with torch.no_grad():
             leaves = {name: _merged(name, learned, states, bases[name], options["alpha"]) for name in merged}
         losses.append(_backward(model, states, constant, leaves, texts, learned.names, step))
+        if not math.isfinite(losses[-1]):
+            raise FloatingPointError(
+                f"step {step + 1} of {steps}: the loss of the merged model is {losses[-1]}; lower merge=camex's lr ({options['lr']:g}) or alpha "
+                f"({options['alpha']:g})"
+            )
         for name, leaf in leaves.items():  # tensor by tensor, so that what merging keeps for backward is of one
             if leaf.grad is not None:
                 _merged(name, learned, states, bases[name], options["alpha"]).backward(leaf.grad)
@@ -235,12 +234,12 @@ def write_learned(learned: Learned, losses: Sequence[float], config: Mapping[str
             "rng_seed": config["rng_seed"],
         }
         write_json(out / name / "curvature.json", about | {"split": "train", "tokens": tokens})
-    scores = dict(zip(learned.names, [float(one) for one in learned.scores], strict=True))
+    scores = dict(zip(learned.names, [one.item() for one in learned.scores], strict=True))
     write_json(out / "camex.json", {"scores": scores, "losses": list(losses)})
 
 
 def _base(name: str, states: Mapping[str, Mapping[str, Tensor]], weights: Mapping[str, float], base: str) -> Tensor:
-    if base in states:
+    if base in states and base not in BASES:  # also one without a share
         return states[base][name]
     members = {model: Member(states[model][name], weight) for model, weight in weights.items()}
     return base_of(Merging(name, members, Member(states[SEED][name])), base)

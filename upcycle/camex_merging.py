@@ -18,6 +18,8 @@ from upcycle.merging import Merging, average
 # The statistics that learning leaves (camex_learning.py).
 KEYS = ("camex_score", *(f"camex_{name}" for name in FACTORS))
 Count = Annotated[int, Field(ge=1)]
+Rank = Annotated[int, Field(ge=1, le=256)]  # as a layer's (combine_config.LARGEST_RANK)
+BASES = ("seed", "mean", "zeros")  # or a member
 
 
 def camex_solved(
@@ -26,7 +28,7 @@ def camex_solved(
     curvature: Literal["learned", "fisher", "kfac", "identity"] = "learned",
     base: str = "seed",
     alpha: Positive = 1.0,
-    rank: Count = 1,
+    rank: Rank = 1,
     steps: Count = 300,
     lr: Positive = 1e-2,
     batch_sequences: Count = 4,

@@ -12,6 +12,7 @@ from upcycle.config import STRICT
 from upcycle.kinds import BENDING, COMBINE
 
 BASES = ("none", "zeros", "mean")  # or a model's name
+LARGEST_ALPHA, LARGEST_RANK = 1e3, 256  # above: a slip; the published ones are 1, and 1 to 8
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -30,9 +31,9 @@ class CombineConfig:
     of: Literal["outputs", "weights"] = "outputs"
     base: str = "none"
     train_base: bool = True
-    alpha: float = Field(default=1.0, gt=0)
+    alpha: float = Field(default=1.0, gt=0, le=LARGEST_ALPHA, allow_inf_nan=False)
     curvature: Literal["none", "kronecker", "linear"] = "none"
-    rank: int = Field(default=1, ge=1)
+    rank: int = Field(default=1, ge=1, le=LARGEST_RANK)
     share: Literal["layer", "all"] = "layer"
     election: Literal["none", "sign"] = "none"
     drop: float = Field(default=0.0, ge=0, lt=1)
@@ -62,7 +63,7 @@ class CombineConfig:
             idle["train_base"] = f"base={self.base}"
         if self.base == "none":
             idle |= dict.fromkeys(
-                BENDING, "base=none: differences need a base; write base=seed, mean, zeros or a branch"
+                BENDING, "base=none, which makes no differences (base=seed, mean, zeros or a branch does)"
             )
         for name in changed:
             if name in idle:

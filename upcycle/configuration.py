@@ -177,6 +177,9 @@ class UpcycledConfig(PretrainedConfig):
         return ""
 
     def _check_combine(self) -> None:
+        for name, default in COMBINE.items():
+            if not isinstance(self.combine[name], (int, float) if isinstance(default, float) else type(default)):
+                raise ValueError(f"combine.{name}={self.combine[name]!r}, expected {type(default).__name__}")
         rule = self.rule("ffn", self.routed[-1])
         if not self.merges_weights:
             if self.combine != COMBINE or rule.first in ("base", "own_mean"):

@@ -5,13 +5,13 @@ Shapes: V vocabulary, D hidden, d head size, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from upcycle.combine_config import Combined
 from upcycle.experts import Matched, Placed, place, routed_layers
 from upcycle.kinds import COMBINE, FACTS
-from upcycle.kronecker import map_flops, map_parameters, map_shapes
+from upcycle.kronecker import OF_A_MERGE, map_flops, map_parameters, map_shapes
 from upcycle.mixture_config import AssembleConfig
 
 FINEST = 16  # granularity up to which a match is looked for
@@ -244,15 +244,21 @@ class Shape:
         layers = {"previous_merged": 1, "per_layer": 2 * self.mixtures}.get(self.combine.update, self.mixtures)
         return layers * sum(map_flops(*one) for one in self._maps())
 
-    def map_flops(self, models: int, rank: int) -> int:
-        """Of a Kronecker map on every matrix of so many dense models (a CAMEx merge's): rows and columns, of embeddings columns alone."""
+    def map_flops(self, models: int, rank: int, roles: Collection[str]) -> int:
+        """Of a Kronecker map on every matrix of these roles of so many dense models (a CAMEx merge's): rows and columns, of embeddings columns
+        alone. Raises ValueError: see `kronecker.factor_pair`."""
         inner, outer, kv = self.heads * self.head_size, self.hidden, self.kv_heads * self.head_size
-        matrices = [(inner, outer), (outer, inner), (kv, outer), (kv, outer), (outer, self.width)]
-        matrices += [(self.width, outer)] * (2 if self.gated else 1)
-        each = sum(map_flops(map_shapes("kronecker", rank, models, 1, *sides), *sides) for sides in matrices)
-        columns = map_shapes("kronecker", rank, models, 1, 1, outer)
-        table = map_flops({name: columns[name] for name in ("in1", "in2")}, self.vocab, outer)
-        return self.layers * each + table * (1 if self.tied else 2)
+        of_role = {
+            "attention": [(inner, outer), (outer, inner), (kv, outer), (kv, outer)],
+            "mlp": [(outer, self.width), *[(self.width, outer)] * (2 if self.gated else 1)],
+        }
+        matrices = [sides for role, own in of_role.items() if role in roles for sides in own]
+        maps = [(map_shapes("kronecker", rank, models, 1, *sides, OF_A_MERGE), sides) for sides in matrices]
+        each = sum(map_flops(shapes, *sides) for shapes, sides in maps)
+        tables = ("embedding" in roles) + ("head" in roles and not self.tied)
+        columns = map_shapes("kronecker", rank, models, 1, 1, outer, OF_A_MERGE) if tables else {}
+        table = map_flops({name: one for name, one in columns.items() if name in ("in1", "in2")}, self.vocab, outer)
+        return self.layers * each + tables * table
 
     def train_flops_per_token(self, sequence_length: int) -> int:
         """Forward and backward: three times the forward; merged weights are merged once more in backward."""

@@ -137,6 +137,11 @@ def open_mixture(directory: str | Path, out: str | Path) -> tuple[Checkpoint, An
             "assembled or trained can be edited"
         )
     config: Any = UpcycledConfig.from_pretrained(directory)
+    if config.merges_weights:
+        raise ValueError(
+            f"{directory}: its experts are merged in weight space (combine.of=weights), and editing knows mixtures of outputs only; expected combine.of=outputs; "
+            "assemble the mixture anew with the experts that it is to have"
+        )
     plain = UpcycledConfig()
     for field_name in inspect.signature(UpcycledConfig.__init__).parameters:
         if field_name in {*KNOWN, "self", "kwargs"}:

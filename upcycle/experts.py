@@ -102,11 +102,15 @@ def place(
     placement = choice.placement
     check_names(branches)
     base = choice.combine.model
+    if choice.combine.base in BASES and choice.combine.base in branches:
+        raise ValueError(
+            f"combine.base={choice.combine.base} is no model's name, and a branch is called so; rename that branch"
+        )
     copies = [name for name in _copies(choice, branches) if name != base]
     if len(copies) < 2:
         beside = f" beside the base {base}" if base else ""
         raise ValueError(
-            f"a mixture needs two experts or more{beside}, got {', '.join(copies) or 'none'}; add a branch"
+            f"placement: a mixture needs two experts or more{beside}, got {', '.join(copies) or 'none'}; add a branch"
         )
     if base not in (None, "seed", *branches):
         known = [*BASES, "seed", *branches]

@@ -54,7 +54,8 @@ def explain(directory: str | Path) -> Explanation:
         )
     notes += [_edit(one) for one in (assembly or {}).get("edits", [])]
     if folded := (assembly or {}).get("folded"):
-        notes.append(f"folded; before that, {combined_in_words(COMBINE | folded | {'of': 'weights'})}")
+        said = f"folded; before that, {combined_in_words(COMBINE | {k: v for k, v in folded.items() if k in COMBINE} | {'of': 'weights'})}"
+        notes.append(said + _trained_before(folded))
     proof = read_json(directory / "proof.json")
     if proof is None:
         notes.append("proof.json is missing: these weights were not compared with the experts they came from")
@@ -130,10 +131,12 @@ def _edit(edit: dict[str, str]) -> str:
         what = f"expert {added} was added (first rows in the routers: {edit['router_row']})"
     else:
         what = f"expert {edit['removed']} was taken out"
-    trained = edit.get("trained_before")
-    return f"edited: {what}" + (
-        f"; trained before that (stage {trained}), which no origin here shows" if trained else ""
-    )
+    return f"edited: {what}{_trained_before(edit)}"
+
+
+def _trained_before(change: dict[str, Any]) -> str:
+    trained = change.get("trained_before")
+    return f"; trained before that (stage {trained}), which no origin here shows" if trained else ""
 
 
 def _rows(headers: dict[str, Any], assembly: dict | None, experts: list[str]) -> list[TensorRow]:

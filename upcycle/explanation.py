@@ -239,7 +239,7 @@ def _proved(proof: dict[str, Any]) -> str:
     """proof.json in a line; of figures by expert, the largest. The weights' hash is for machines."""
     parts = []
     for name, value in proof.items():
-        if name == "weights_sha256":
+        if name == "weights_sha256" or value == {}:
             continue
         if isinstance(value, dict) and value:
             worst = max(value, key=lambda expert: value[expert])

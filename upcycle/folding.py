@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from upcycle.assembly import REMOTE_CODE
 from upcycle.checkpoint import Checkpoint, CheckpointWriter
 from upcycle.configuration import UpcycledConfig
 from upcycle.directories import check_new, check_room, copy_companions, resolve
-from upcycle.durable import atomic_directory, write_json
+from upcycle.durable import atomic_directory, read_object, reading, write_json
 from upcycle.editing import Edited
 from upcycle.families import family_of
 from upcycle.kinds import BENDING, COMBINE
@@ -22,6 +21,8 @@ from upcycle.modeling import UpcycledForCausalLM
 from upcycle.pieces import check_tensors
 from upcycle.proof import TOLERANCE, write_proof
 from upcycle.router import RoutingTrace
+
+WITHOUT = "copy it again, or take it away: a mixture folds without it"
 
 
 def fold(directory: str | Path, out: str | Path, prove: bool = True, max_shard_bytes: int = 4_000_000_000) -> Edited:
@@ -40,23 +41,27 @@ def fold(directory: str | Path, out: str | Path, prove: bool = True, max_shard_b
     mixture = Checkpoint(directory)
     if mixture.config.get("model_type") != UpcycledConfig.model_type:
         raise ValueError(
-            f"{directory}: model_type is {mixture.config.get('model_type')!r}, expected {UpcycledConfig.model_type!r}"
+            f"{directory}: model_type is {mixture.config.get('model_type')!r}, expected {UpcycledConfig.model_type!r}; fold a CAMEx mixture, as "
+            "assemble=camex_layer makes one"
         )
     config: Any = UpcycledConfig.from_pretrained(directory)
-    new = _folded_config(config, directory)
+    new, record = _folded_config(config, directory), _read_record(directory)
     check_room(out, mixture.size_bytes())
     mixture.check()
     check_tensors(mixture, config)
     model: Any = UpcycledForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     before = _logits(model) if prove else []
-    changed = _folded_tensors(model)
+    changed = _folded_tensors(model, directory)
     difference = _difference(model, new, changed, before) if prove else None
     with atomic_directory(out) as partial:
         _write(mixture, new, changed, partial, max_shard_bytes)
-        _copy_record(directory, partial, config)
+        if record is not None:
+            _write_record(record, directory, partial, config)
         if difference is not None:
             write_proof(partial, {"one_hot_errors": {}, "fold_error": difference})
-    return Edited(out, tuple(new.experts), (), difference)
+    rounded = f"the comparison is in fp32; stored in {str(mixture.dtype()).removeprefix('torch.')}, both mixtures are rounded, each in its own way"
+    notes = (rounded,) if prove and mixture.dtype() != torch.float32 else ()
+    return Edited(out, tuple(new.experts), notes, difference)
 
 
 def _folded_config(config: Any, directory: Path) -> UpcycledConfig:
@@ -80,8 +85,13 @@ def _folded_config(config: Any, directory: Path) -> UpcycledConfig:
 
 
 @torch.no_grad()
-def _folded_tensors(model: Any) -> dict[str, Tensor]:
-    """{name: tensor} of every layer's experts and base, computed in float64."""
+def _folded_tensors(model: Any, directory: Path) -> dict[str, Tensor]:
+    """{name: tensor} of every layer's experts and base, computed in float64. Raises ValueError: a weight is no number."""
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{directory}: {name} holds NaN or infinity, expected finite weights; fold a checkpoint from before that"
+            )
     config, found, trace = model.config, {}, RoutingTrace()
     family = family_of(config.seed)
     if model.model.curvature is not None:
@@ -117,15 +127,34 @@ def _write(
     check_tensors(Checkpoint(out), config)
 
 
-def _copy_record(directory: Path, out: Path, config: Any) -> None:
-    """assembly.json, without the hashes of what is no longer any branch's, and with what was folded."""
-    if not (directory / "assembly.json").is_file():
-        return
-    record = json.loads((directory / "assembly.json").read_text())
-    rows = [row for row in record["tensors"] if "curvature_" not in row["target"]]
-    rows = [{k: v for k, v in row.items() if k != "sha256" or ".experts." not in row["target"]} for row in rows]
+def _read_record(directory: Path) -> dict[str, Any] | None:
+    """assembly.json, where there is one. Raises ValueError: it is damaged."""
+    path = directory / "assembly.json"
+    if not path.is_file():
+        return None
+    record = read_object(path, "tensors", fix=WITHOUT)
+    with reading(path, WITHOUT):
+        _ = [row["target"] for row in record["tensors"]]
+    return record
+
+
+def _write_record(record: dict[str, Any], directory: Path, out: Path, config: Any) -> None:
+    """assembly.json of the folded mixture: a row for each of its tensors, without the hashes of what is no longer any branch's, and what was folded."""
+    rows = {row["target"]: row for row in record["tensors"]}
+    bases = {name.rpartition(".")[2]: row for name, row in rows.items() if ".experts.base_" in name}
+    found = []
+    for name in Checkpoint(out).names:
+        row = rows.get(name) or bases.get(
+            name.rpartition(".")[2]
+        )  # a base that travelled is written down in every layer
+        if row is not None:
+            found.append({k: v for k, v in row.items() if k != "sha256" or ".experts." not in name} | {"target": name})
     folded = {name: config.combine[name] for name in (*BENDING, "base", "rank", "share")}
-    write_json(out / "assembly.json", record | {"tensors": rows, "folded": folded})
+    stage = directory / "stage.json"
+    trained = read_object(stage, "function", "stage", "key", fix="copy it again") if stage.is_file() else {}
+    if trained.get("function") == "train_model":
+        folded["trained_before"] = f"{trained['stage']}-{trained['key'][:8]}"
+    write_json(out / "assembly.json", record | {"tensors": found, "folded": folded})
 
 
 @torch.no_grad()

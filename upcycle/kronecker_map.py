@@ -64,7 +64,7 @@ class _Mapped(torch.autograd.Function):
         with torch.enable_grad():
             out = _map(dict(zip(ctx.names, inputs[1:], strict=True)), inputs[0])
         found = iter(torch.autograd.grad(out, [one for one in inputs if one.requires_grad], gradient))
-        return None, *(next(found) if wanted else None for wanted in needed)
+        return None, *(next(found).contiguous() if wanted else None for wanted in needed)
 
 
 def _map(factors: Mapping[str, Tensor], tau: Tensor) -> Tensor:

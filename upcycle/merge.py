@@ -15,8 +15,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
+from upcycle.camex_merging import BASES, camex
 from upcycle.camex_merging import KEYS as CAMEX
-from upcycle.camex_merging import camex
 from upcycle.config import nearest
 from upcycle.curvature_merging import fisher, gradient_matching, mats, regmean
 from upcycle.merge_config import MergeConfig, RoleConfig
@@ -164,10 +164,26 @@ def check_merge(config: MergeConfig, models: Iterable[str]) -> None:
             )
     if all(config.weights.get(name, 1.0) == 0 for name in models):
         raise ValueError(f"merge.weights are 0 for all models ({', '.join(models)}); leave one above 0")
+    for way in config.ways:
+        if way.method == "camex":
+            _check_base(check_options(way.method, way.options)["base"], models)
     if "camex" in statistics_of(config):
         learned_options(config)
     if config.weights and all(way.method == KEPT for way in config.ways):
         raise ValueError("merge.weights have no effect where every tensor is the seed's own; leave them out")
+
+
+def _check_base(base: str, models: list[str]) -> None:
+    """Of camex. Raises ValueError: no such model, or a model whose name means something else."""
+    if base != SEED and base in BASES and base in models:
+        raise ValueError(
+            f"merge=camex: base={base} is no model's name here, and a branch is called so; rename that branch"
+        )
+    if base not in BASES and base not in models:
+        known = [*BASES, *(name for name in models if name != SEED)]
+        raise ValueError(
+            f"merge=camex: base={base!r} is not known, expected one of {', '.join(known)}{nearest(base, known)}"
+        )
 
 
 def statistics_of(config: MergeConfig) -> tuple[str, ...]:

@@ -326,9 +326,14 @@ def check_tensors(mixture: Checkpoint, config: UpcycledConfig) -> None:
         for names in (expected, found):
             names.pop("lm_head.weight", None)
     if odd := sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name)):
+        one, wanted = found.get(odd[0]), expected.get(odd[0])
+        problem = (
+            "is missing"
+            if one is None
+            else f"has shape {one}, expected {wanted or 'no such tensor with this config.json'}"
+        )
         raise ValueError(
-            f"{mixture.directory}: {odd[0]} has shape {found.get(odd[0])}, expected {expected.get(odd[0])} "
-            f"({len(odd)} such tensors in all); assemble the mixture again"
+            f"{mixture.directory}: {odd[0]} {problem} ({len(odd)} such tensors in all); assemble the mixture again"
         )
 
 
