@@ -53,14 +53,13 @@ def plan_jobs(stages: Sequence[Artifact], queued: Iterable[str] = ()) -> list[Jo
     Stages of one kind that need the same others are one array; each depends on just those that it needs, so that a stage that fails takes only
     its own dependants with it. queued: stages that a job in the queue will make.
     """
-    open_stages = {stage.name: stage for stage in stages if not stage.finished}
-    missing = [stage for name, stage in open_stages.items() if name not in set(queued)]
+    missing = [stage for stage in stages if not stage.finished and stage.name not in set(queued)]
     data = [stage for stage in missing if kind_of(stage.name) == "data"]
     stands_for = {stage.name: data[0].name for stage in data}  # any of them for all, which are one job
     grouped: dict[tuple[str, tuple[str, ...]], list[Artifact]] = {}
     for stage in missing:
         own = data if stage in data else [stage]
-        needed = [parent.name for one in own for parent in one.parents() if parent.name in open_stages]
+        needed = [parent.name for one in own for parent in one.parents() if not parent.finished]
         after = dict.fromkeys(
             stands_for.get(name, name) for name in needed if stage not in data or name not in stands_for
         )

@@ -10,7 +10,7 @@ from typing import Any
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from launch.config import RUN_NAME
@@ -122,11 +122,17 @@ def own_arguments(tokens: int | None = None) -> list[str]:
 
     tokens: of the run, if it has some; they stand in place of a budget, which must not be measured again.
     """
+    left_out = ("stage=",) if tokens is None else ("stage=", "budget=", "tokens=")
+    settings = [one for one in task_overrides() if not one.startswith(left_out)]
+    return [*options_of(sys.argv[1:]), *settings, *([] if tokens is None else ["budget=null", f"tokens={tokens}"])]
+
+
+def task_overrides() -> list[str]:
+    """This run's settings as typed, with `${...}` as it stands there."""
     from hydra.core.hydra_config import HydraConfig
 
-    left_out = ("stage=",) if tokens is None else ("stage=", "budget=", "tokens=")
-    settings = [one for one in HydraConfig.get().overrides.task if not one.startswith(left_out)]
-    return [*options_of(sys.argv[1:]), *settings, *([] if tokens is None else ["budget=null", f"tokens={tokens}"])]
+    found: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    return found
 
 
 def options_of(typed: list[str]) -> list[str]:

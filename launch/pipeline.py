@@ -31,7 +31,7 @@ from launch.groups import (
     visible_gpus,
 )  # fmt: skip
 from launch.jobs import INSIDE
-from launch.overrides import CONF, check_package, explained, own_arguments, rewritten, swept_keys
+from launch.overrides import CONF, check_package, explained, own_arguments, rewritten, swept_keys, task_overrides
 from launch.plan import check_sources, check_texts, print_dry_run, print_plan
 from launch.recipes import Experiment, upcycle
 from launch.running import SlurmConfig
@@ -56,7 +56,7 @@ def compose(raw: DictConfig) -> None:
         _announce_job()
     out = Path(HydraConfig.get().runtime.output_dir)
     makes = not (raw.plan or raw.dry_run) and os.environ.get("RANK", "0") == "0"
-    overrides, error = list(HydraConfig.get().overrides.task), None
+    overrides, error = task_overrides(), None
     try:
         if sweep and makes:
             note_point(out, overrides, "it did not come to its end", ended=False)
@@ -119,7 +119,7 @@ def _plan_or_make(cfg: Config, out: Path, team: Team, console: Console, budget: 
     stages = asked_stages(cfg, experiment.store)
     check_destination(cfg, experiment)
     if isinstance(cfg.launch, SlurmConfig):
-        jobs, queued = planned_jobs(cfg, cfg.launch, stages, out)
+        jobs, queued = planned_jobs(cfg, cfg.launch, stages, experiment.store.stages.values(), out)
         if not cfg.dry_run:
             check_sources(stages, console)
             write_manifest(cfg, experiment, out, None)

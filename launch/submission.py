@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,13 +28,16 @@ def within_job(cfg: Config) -> Config:
 
 
 def planned_jobs(
-    cfg: Config, launch: SlurmConfig, stages: Sequence[Artifact], out: Path
+    cfg: Config, launch: SlurmConfig, stages: Sequence[Artifact], every: Collection[Artifact], out: Path
 ) -> tuple[list[Job], dict[str, str]]:
-    """The jobs that make what is missing of `stages`, and by stage those in the queue that will. With dry_run, prints the scripts.
+    """The jobs that make what is missing of `stages`, and by stage those in the queue that will make some of `every` one of the run. With dry_run,
+    prints the scripts.
 
-    Raises ValueError: settings that would fail inside a job. RuntimeError: Slurm does not answer.
+    Raises ValueError: settings that would fail inside a job, or inputs that nobody makes. RuntimeError: Slurm does not answer.
     """
-    queued = {} if cfg.dry_run else queued_stages(stages)
+    queued = {} if cfg.dry_run else queued_stages(every)
+    if not cfg.dry_run:
+        _check_inputs(stages, queued)
     jobs, settings = plan_jobs(stages, queued), _settings(cfg)
     for job in jobs:
         check_job(job.stages, launch.within(job.kind, 0, "first:1"))
@@ -43,6 +46,18 @@ def planned_jobs(
             after = f", after {', '.join(job.after)}" if job.after else ""
             print(f"######## {job.name}{after}\n{text}")
     return jobs, queued
+
+
+def _check_inputs(stages: Sequence[Artifact], queued: Mapping[str, str]) -> None:
+    made = {stage.name for stage in stages} | set(queued)
+    for stage in stages:
+        if stage.finished or stage.name in queued:
+            continue
+        if lacking := [one.name for one in stage.parents() if not one.finished and one.name not in made]:
+            raise ValueError(
+                f"stage {stage.name!r} needs {lacking[0]}, which is neither finished, nor in the queue, nor asked for; add it to stage=[...], or leave "
+                "stage out"
+            )
 
 
 def _settings(cfg: Config) -> list[str]:

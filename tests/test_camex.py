@@ -381,3 +381,48 @@ def test_bf16_autocast_stays_near_and_differences_are_not_rounded(name):
         low = model(ids, trace=trace).logits
     assert (low.float() - model(ids).logits).abs().max() < 0.05 * low.abs().max()
     assert all(one.dtype == torch.float32 for base in trace.bases.values() for one in base.values())
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_generation_merges_weights_only_where_a_decision_is_new(name, monkeypatch):
+    """Segments of 4 tokens: of 12 steps after a prompt of 8, three begin a segment; a base that travels is needed at every step. The tokens are those
+    of a generation that keeps nothing, for beams that change places too."""
+    model, calls = mixture_of(FORMS[name], tokens=4), []
+    kept_back = soft_merging.SoftMergedExperts.merge
+    monkeypatch.setattr(
+        soft_merging.SoftMergedExperts, "merge", lambda self, *given: calls.append(1) or kept_back(self, *given)
+    )
+    ids = tiny.tokens(2, 8)
+    found = model.generate(ids, max_new_tokens=13, min_new_tokens=13, do_sample=False)
+    per_layer = 0 if model.config.combine["update"] in ("travel", "previous_merged") else 3
+    assert len(calls) == per_layer * len(layers_of(model))
+    beams = model.generate(ids[:1], max_new_tokens=13, min_new_tokens=13, do_sample=False, num_beams=2)
+    monkeypatch.setattr(soft_merging.SoftMergedExperts, "generates", lambda *_: False)
+    assert torch.equal(found, model.generate(ids, max_new_tokens=13, min_new_tokens=13, do_sample=False))
+    assert torch.equal(
+        beams, model.generate(ids[:1], max_new_tokens=13, min_new_tokens=13, do_sample=False, num_beams=2)
+    )
+
+
+def test_merged_weights_are_never_more_than_a_chunk(monkeypatch):
+    """Twelve decisions of one layer, forward and backward, in chunks of two matrices and a half."""
+    sizes, right = [], soft_merging.merged
+
+    def watched(gates, base, delta):
+        found = right(gates, base, delta)
+        sizes.append(found.numel() * found.element_size())
+        return found
+
+    one = 16 * 24 * 8
+    monkeypatch.setattr(soft_merging, "merged", watched)
+    monkeypatch.setattr(soft_merging, "CHUNK_BYTES", 5 * one // 2)
+    x, gates = torch.randn(12, 5, 24).double(), torch.rand(12, 3).double()
+    base, delta = torch.randn(16, 24).double(), torch.randn(3, 16, 24).double()
+    inputs = [tensor.requires_grad_() for tensor in (x, gates, base, delta)]
+    out = merged_linear(*inputs)
+    found = torch.autograd.grad(out.square().sum(), inputs)
+    assert sizes == [2 * one] * 12  # six chunks each way
+    expected = torch.einsum("nli,noi->nlo", x, base + torch.einsum("ne,eoi->noi", gates, delta))
+    torch.testing.assert_close(out, expected)
+    for ours, theirs in zip(found, torch.autograd.grad(expected.square().sum(), inputs), strict=True):
+        torch.testing.assert_close(ours, theirs)

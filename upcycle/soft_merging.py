@@ -11,7 +11,7 @@ This file travels inside checkpoints as remote code: it imports `.families` and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -103,6 +103,19 @@ def merged_linear(
     return out_NLO if bias is None else out_NLO + bias.unsqueeze(1).to(out_NLO.dtype)
 
 
+class KeptWeights(NamedTuple):
+    """What was merged for the last token of each sequence of a generation: rows of `weights` by the gates that merged them. tokens: in the cache."""
+
+    tokens: int
+    gates_BE: Tensor
+    weights: Weights
+
+    def rows(self, index_B: Tensor) -> KeptWeights:
+        """For sequences that moved in the batch: beam search."""
+        moved = {name: one.index_select(0, index_B.to(one.device)) for name, one in self.weights.items()}
+        return KeptWeights(self.tokens, self.gates_BE.index_select(0, index_B.to(self.gates_BE.device)), moved)
+
+
 class Runs:
     """Tokens that share a decision lie side by side; as one block (N, L, ·), the shorter runs filled up with zeros."""
 
@@ -138,6 +151,7 @@ class SoftMergedExperts(nn.Module):
         super().__init__()
         family: Family = family_of(config.seed)
         self.num_experts, self.has_gate = config.num_experts, family.gated
+        self.kept_as, self.chained = f"merged.{layer}", config.combine["update"] in ("travel", "previous_merged")
         self.act_fn = next(getattr(mlp, name) for name in ACTIVATIONS if hasattr(mlp, name))
         self.shapes = stacked_shapes(mlp, family, config.num_experts, 1)
         self.has_base = config.has_base(layer)
@@ -162,6 +176,8 @@ class SoftMergedExperts(nn.Module):
         return base, experts if base is None else {name: one - base[name] for name, one in experts.items()}
 
     def forward(self, hidden_TD: Tensor, routing: Routing, trace: Any) -> Tensor:
+        if self.generates(hidden_TD, trace):
+            return self.next_token(hidden_TD, routing, trace)
         with torch.autocast(
             hidden_TD.device.type, enabled=False
         ):  # differences are small beside the weights they are of
@@ -177,6 +193,47 @@ class SoftMergedExperts(nn.Module):
             return out_TD
         parts: Any = Routing(*(None if part is None else part[decided_T] for part in routing))  # pyright: ignore[reportArgumentType]
         return out_TD.index_put((decided_T,), self.decided(hidden_TD[decided_T], parts, base, delta, trace))
+
+    def generates(self, hidden_TD: Tensor, trace: Any) -> bool:
+        """Whether this is a step of cached generation whose merged weights can be kept for the next one: a token of each sequence, no more sequences
+        than experts (so what is kept is no larger than they are), and no base that other layers need to hear of."""
+        if not trace.earlier or torch.is_grad_enabled() or self.chained or trace.removed:
+            return False
+        sequences = len(next(iter(trace.kept.values())).count_B)  # this layer's router has kept something before
+        return len(hidden_TD) == sequences <= self.num_experts
+
+    def next_token(self, hidden_BD: Tensor, routing: Routing, trace: Any) -> Tensor:
+        """One token of each sequence through weights that are merged only where its decision is a new one."""
+        gates_BE = routing.gates.new_zeros(len(hidden_BD), self.num_experts).scatter_add(
+            1, routing.experts, routing.gates
+        )
+        if self.base_first and routing.decided is not None:
+            gates_BE = gates_BE * routing.decided.unsqueeze(1)  # the base alone
+        before = trace.earlier.get(self.kept_as)
+        weights = (
+            before.weights
+            if before is not None and torch.equal(before.gates_BE, gates_BE)
+            else self.merge(gates_BE, trace)
+        )
+        trace.kept[self.kept_as] = KeptWeights(next(iter(trace.kept.values())).tokens, gates_BE, weights)
+
+        def linear(name: str, x_B1I: Tensor) -> Tensor:
+            out_B1O = torch.bmm(x_B1I, weights[name].mT)
+            bias = weights.get(f"{name}_bias")
+            return out_B1O if bias is None else out_B1O + bias.unsqueeze(1).to(out_B1O.dtype)
+
+        return self.feed_forward(linear, hidden_BD.unsqueeze(1)).squeeze(1)
+
+    def merge(self, gates_BE: Tensor, trace: Any) -> Weights:
+        """B + Σ_e g_be Δ_e for each sequence; under autocast in its dtype, as `merged_linear` has it."""
+        kind = gates_BE.device.type
+        with torch.autocast(kind, enabled=False):
+            base, delta = self.weights(trace)
+        if torch.is_autocast_enabled(kind):
+            wanted = torch.get_autocast_dtype(kind)
+            delta = {name: one if name.endswith("bias") else one.to(wanted) for name, one in delta.items()}
+            base = base and {name: one.to(delta[name].dtype) for name, one in base.items()}
+        return {name: merged(gates_BE.to(one.dtype), base and base[name], one) for name, one in delta.items()}
 
     def decided(self, hidden_TD: Tensor, routing: Routing, base: Weights | None, delta: Weights, trace: Any) -> Tensor:
         """Tokens through the merged feed-forwards of their decisions."""
