@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from launch.scheduler import queue, slurm, submitted_stages
@@ -47,10 +47,15 @@ def stage_states(run: Path, manifest: Mapping[str, str], store: Path) -> list[tu
         elif job in queued:
             said = _queued(*queued[job], place, entry)
         else:
-            lacking = [one for one in entry.get("after", ()) if one not in done]
-            said = _unfinished(run, place, entry, lacking)
+            said = _unfinished(run, stage, place, entry, _cause(stage, jobs, done))
         rows.append((stage, job, said))
     return rows
+
+
+def _cause(stage: str, jobs: Mapping[str, Mapping], done: Collection[str]) -> str:
+    """The first stage behind this one that is not done and lacks nothing itself; this one, if it lacks nothing."""
+    lacking = [one for one in jobs.get(stage, {}).get("after", ()) if one not in done]
+    return _cause(lacking[0], jobs, done) if lacking else stage
 
 
 def _queued(state: str, left: str, reason: str, place: Path, entry: Mapping) -> str:
@@ -69,8 +74,8 @@ def _partial(place: Path) -> Path:
     return place.with_name(place.name + ".partial")
 
 
-def _unfinished(run: Path, place: Path, entry: Mapping, lacking: Sequence[str]) -> str:
-    """Of a stage that no job will make: why its last attempt ended, if there was one. lacking: what it needs and nobody has made."""
+def _unfinished(run: Path, stage: str, place: Path, entry: Mapping, cause: str) -> str:
+    """Of a stage that no job will make: why its last attempt ended, if there was one. cause: see `_cause`."""
     partial = _partial(place)
     how_far = f"  {_steps(place, entry)}" if "steps" in entry and (partial / "metrics.jsonl").is_file() else ""
     if (partial / FAILED).is_file():
@@ -80,7 +85,7 @@ def _unfinished(run: Path, place: Path, entry: Mapping, lacking: Sequence[str]) 
     logs = list((run / "slurm" / "logs").glob(f"*-{entry['job']}.log"))
     if logs:
         return f"ended without finishing it{how_far}  {last_line(logs[0])}"
-    return f"not started: {f'{lacking[0]} did not finish' if lacking else 'cancelled'}"
+    return f"not started: {'cancelled' if cause == stage else f'{cause} did not finish'}"
 
 
 def last_line(log: Path) -> str:

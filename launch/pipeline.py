@@ -181,6 +181,7 @@ def compute(cfg: Config, store: Store, stages: list[Artifact], console: Console,
     tracker = Tracker(cfg, console, out, team)
     for stage in stages:
         if team.share(stopping.asked()):
+            console.print(f"asked to stop before {stage.name}; the same command goes on from there", highlight=False)
             raise stopping.Stopped
         if team.share(stage.finished):
             store.make(stage, Run(say=lambda text: None, team=team))

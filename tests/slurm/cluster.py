@@ -90,10 +90,16 @@ class Cluster:
 
     def __exit__(self, *_error):
         subprocess.run(["scancel", "--user=root"], env=self.environment, capture_output=True)
+        limit = time.monotonic() + 60
+        while self.said("squeue", "-h") and time.monotonic() < limit:
+            time.sleep(0.2)
         for daemon in reversed(self.daemons):
             daemon.terminate()
         for daemon in self.daemons:
-            daemon.wait(timeout=30)
+            try:
+                daemon.wait(timeout=30)
+            except subprocess.TimeoutExpired:  # a job that does not end holds its slurmd
+                daemon.kill()
 
     def _start(self, words: list[str]) -> None:
         log = (self.root / f"{words[0]}.out").open("a")

@@ -162,8 +162,10 @@ def test_a_sweep_shares_jobs_and_its_table_is_written_afterwards(cluster, here):
     """Two points need the same branches: the second waits for the first one's jobs."""
     words = [*SMALL, *SLURM, "name=sweep", "branch.rng_seed=11", "mix.lr=1e-3,2e-3"]
     done = upcycle(cluster, "-m", *words, cwd=here)
-    counts = re.findall(r"(\d+) jobs submitted", done.stdout)
-    assert counts == ["9", "3"] and "were in the queue" in done.stdout, done.stdout
+    first, second = map(int, re.findall(r"(\d+) jobs submitted", done.stdout))
+    assert first > 3 and second == 3 and "were in the queue" in done.stdout, (
+        done.stdout
+    )  # mixture, its evaluation, report
     until_idle(cluster, "sweep/1", here)
     said = upcycle(cluster, "sweep", "sweep", cwd=here).stdout
     assert re.search(r"^0\.001 +1 ", said, re.M) and re.search(r"^0\.002 +1 ", said, re.M), said
