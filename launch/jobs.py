@@ -11,9 +11,10 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from launch.overrides import TAKES_A_VALUE
 from launch.running import SlurmConfig
@@ -47,22 +48,23 @@ class Job:
         return self.kind if others or self.kind == "data" else first.replace("/", "-")
 
 
-def plan_jobs(stages: Sequence[Artifact], queued: Iterable[str] = ()) -> list[Job]:
+def plan_jobs(stages: Sequence[Artifact], queued: Mapping[str, str] = MappingProxyType({})) -> list[Job]:
     """The jobs that make what is missing of `stages` (each after its parents), in an order in which they can be submitted.
 
     Stages of one kind that need the same others are one array; each depends on just those that it needs, so that a stage that fails takes only
-    its own dependants with it. queued: stages that a job in the queue will make.
+    its own dependants with it. queued: of stages that a job in the queue will make, that job.
     """
-    missing = [stage for stage in stages if not stage.finished and stage.name not in set(queued)]
+    missing = [stage for stage in stages if not stage.finished and stage.name not in queued]
     data = [stage for stage in missing if kind_of(stage.name) == "data"]
-    stands_for = {stage.name: data[0].name for stage in data}  # any of them for all, which are one job
+    one_of: dict[str, str] = {}  # of the stages that one job makes, one stands for all
+    stands_for = {stage: one_of.setdefault(job, stage) for stage, job in queued.items()}
+    stands_for |= {stage.name: data[0].name for stage in data}
     grouped: dict[tuple[str, tuple[str, ...]], list[Artifact]] = {}
+    needs = {stage.name: [parent.name for parent in stage.parents() if not parent.finished] for stage in missing}
+    of_data = [name for stage in data for name in needs[stage.name] if name in queued]
     for stage in missing:
-        own = data if stage in data else [stage]
-        needed = [parent.name for one in own for parent in one.parents() if not parent.finished]
-        after = dict.fromkeys(
-            stands_for.get(name, name) for name in needed if stage not in data or name not in stands_for
-        )
+        needed = of_data if stage in data else needs[stage.name]
+        after = dict.fromkeys(stands_for.get(name, name) for name in needed)
         grouped.setdefault((kind_of(stage.name), tuple(after)), []).append(stage)
     return [Job(kind, tuple(members), after) for (kind, after), members in grouped.items()]
 
