@@ -221,7 +221,9 @@ def _unknown_within(where: str, node: Any) -> str | None:
 
 def _composed(arguments: list[str]) -> Any:
     """The settings of the experiment and tasks that are named, before all others; None where they cannot be composed."""
-    overrides = [argument for argument in arguments if argument.startswith(("experiment=", "tasks=", "launch=", "track="))]
+    overrides = [
+        argument for argument in arguments if argument.startswith(("experiment=", "tasks=", "launch=", "track="))
+    ]
     if own := _option(arguments, "--config-dir", "-cd"):
         overrides.append(f"hydra.searchpath=[file://{Path(own).absolute()}]")
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):

@@ -38,7 +38,7 @@ def planned_jobs(
     queued = {} if cfg.dry_run else queued_stages(every)
     if not cfg.dry_run:
         _check_inputs(stages, queued)
-    jobs, settings = plan_jobs(stages, queued), _settings(cfg)
+    jobs, settings = plan_jobs(stages, queued), _settings(cfg, out)
     for job in jobs:
         check_job(job.stages, launch.within(job.kind, 0, "first:1"))
         text = script(job, launch, settings, out, out.absolute() / "slurm" / "code")
@@ -60,8 +60,10 @@ def _check_inputs(stages: Sequence[Artifact], queued: Mapping[str, str]) -> None
             )
 
 
-def _settings(cfg: Config) -> list[str]:
-    return [one for one in own_arguments(cfg.tokens) if not one.startswith("dry_run=")]
+def _settings(cfg: Config, out: Path) -> list[str]:
+    """What composes this run's settings in a job. out: the run's directory, which for a point of a sweep is not that of its name."""
+    where = str(out.absolute()).replace("'", "\\'")
+    return [*(one for one in own_arguments(cfg.tokens) if not one.startswith("dry_run=")), f"hydra.run.dir='{where}'"]
 
 
 def hand_over(
@@ -75,7 +77,7 @@ def hand_over(
 ) -> None:
     """Submit the jobs and return at once. Raises RuntimeError: see `scheduler.submit`."""
     if jobs:
-        code, settings = keep_code(out, _settings(cfg))
+        code, settings = keep_code(out, _settings(cfg, out))
         found = submit(jobs, [script(job, launch, settings, out, code) for job in jobs], out, queued)
         for job in jobs:
             numbers = found[job.stages[0].name].split("_")[0] + (f"_[0-{len(job.stages) - 1}]" if job.array else "")
