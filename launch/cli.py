@@ -20,6 +20,7 @@ upcycle launch=slurm ...       submit what is missing as jobs of Slurm and retur
 upcycle cancel RUN             take its jobs out of Slurm's queue
 upcycle explain DIR            what each tensor of a mixture came from, its routers, its size; how a merged model was merged; --all, --json
 upcycle doctor DIR|RUN         what is wrong with a mixture, in training too, and what to do about it; --json, --prove
+upcycle prune                  artifacts that no run here refers to, with their sizes; --yes removes them
 upcycle report [RUN ...]       print a run's table again (of the newest without a name); --readme writes it into README.md; of several runs also what they say
                                of the models they share; --html=OUT.html
 upcycle export DIR OUT         a mixture as Mixtral, Qwen2-MoE, Qwen3-MoE or FlexOlmo where it equals one, else with its code;
@@ -91,6 +92,12 @@ def sweep(arguments: list[str]) -> int:
     from launch.status import print_sweep
 
     return print_sweep(arguments)
+
+
+def prune(arguments: list[str]) -> int:
+    import launch.prune
+
+    return launch.prune.prune(arguments)
 
 
 def explain(arguments: list[str]) -> int:
@@ -184,7 +191,7 @@ def route(arguments: list[str]) -> int:
 WORDS = {
     "explain": explain, "doctor": doctor, "export": export, "status": status, "report": report, "replicates": replicates,
     "add": _edit("add"), "remove": _edit("remove"), "dense": _edit("dense"), "fold": _edit("fold"),
-    "route": route, "cancel": cancel, "sweep": sweep,
+    "route": route, "prune": prune, "cancel": cancel, "sweep": sweep,
 }  # fmt: skip
 
 if __name__ == "__main__":

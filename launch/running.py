@@ -25,7 +25,8 @@ FOR_ALL = {
 class LaunchConfig:
     """How stages are run. Nothing here changes a result, so nothing here is part of an artifact's key.
 
-    config: the launch file of the stages that several processes make together, a name in launch/accelerate or a path; None
+    Training writes a checkpoint every checkpoint_steps steps, checkpoint_seconds seconds and keep_every steps; the newest keep_checkpoints are kept, and
+    those of multiples of keep_every for good. config: the launch file of the stages that several processes make together, a name in launch/accelerate or a path; None
     runs every stage in this process. processes: of all machines together (None: one for each GPU of this machine).
     main_address: host:port of the first machine. offload: where ZeRO keeps what the step itself does not need.
     parallel_branches: so many branches are trained side by side, on equal shares of this machine.
@@ -34,6 +35,7 @@ class LaunchConfig:
     checkpoint_steps: int | None = None
     checkpoint_seconds: float | None = 60.0
     keep_checkpoints: int = Field(default=1, ge=1)
+    keep_every: int | None = Field(default=None, ge=1)
     threads: int | None = Field(default=None, ge=1)
     config: str | None = None
     processes: int | None = Field(default=None, ge=1)

@@ -47,6 +47,7 @@ class Tracker:
             checkpoint_steps=launch.checkpoint_steps,
             checkpoint_seconds=launch.checkpoint_seconds,
             keep_checkpoints=launch.keep_checkpoints,
+            keep_every=launch.keep_every,
             team=self.team,
         )
         try:

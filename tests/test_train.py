@@ -15,7 +15,8 @@ from upcycle.batches import Batches
 from upcycle.config import OptimizerConfig, PhaseConfig, ScheduleConfig, TrainConfig
 from upcycle.optim import decays, learning_rate, plan_phases
 from upcycle.router import RoutingTrace
-from upcycle.store import Run
+from upcycle.snapshot import snapshots
+from upcycle.store import KEPT, Artifact, Run, _drop_snapshots
 from upcycle.train import train
 
 QUIET = Run(say=lambda text: None, checkpoint_seconds=None)
@@ -106,6 +107,31 @@ def test_a_damaged_snapshot_is_passed_over(data, tmp_path):
     resumed = run(mixture(), settings, data, tmp_path / "cut", options=options)
     assert_bit_equal(resumed, straight)
     assert any("damaged" in line for line in said) and any("going on from step 4 of 8" in line for line in said)
+
+
+def test_a_snapshot_that_says_another_step_is_passed_over(data, tmp_path):
+    settings, said = config(), []
+    straight = run(mixture(), settings, data, tmp_path / "straight")
+    options = Run(said.append, checkpoint_steps=2, keep_checkpoints=2)
+    run(mixture(), settings, data, tmp_path / "cut", stop=7, options=options)
+    state = tmp_path / "cut" / "checkpoints" / "step-00000006" / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"step": 7}))
+    assert_bit_equal(run(mixture(), settings, data, tmp_path / "cut", options=options), straight)
+    assert any("going on from step 4 of 8" in line for line in said)
+
+
+def test_every_mth_snapshot_stays(data, tmp_path):
+    """Of 8 steps in snapshots of each, the newest one and those of steps 3 and 6; the stage's end takes what is not to stay."""
+    options = Run(lambda text: None, checkpoint_steps=1, keep_checkpoints=1, keep_every=3)
+    run(mixture(), config(), data, tmp_path / "out", options=options)
+    root = tmp_path / "out" / "checkpoints"
+    assert [path.name for path in snapshots(root)] == ["step-00000003", "step-00000006", "step-00000007"]
+    _drop_snapshots(Artifact("x", run, None, {}, "", tmp_path / "out"))
+    assert [path.name for path in snapshots(root)] == ["step-00000003", "step-00000006"]
+    for path in snapshots(root):
+        (path / KEPT).unlink()
+    _drop_snapshots(Artifact("x", run, None, {}, "", tmp_path / "out"))
+    assert not root.exists()
 
 
 def test_a_half_written_snapshot_is_not_one(data, tmp_path):

@@ -24,13 +24,15 @@ from torch import Tensor
 
 from upcycle.durable import sync, write_json
 from upcycle.engine import STEP, Part, PlainEngine
+from upcycle.store import KEPT
 from upcycle.team import Team
 
 PREFIX, PARTIAL = "step-", ".partial"
 
 
-def save_snapshot(root: Path, step: int, engine: PlainEngine, keep: int) -> None:
-    """Write the state after `step` steps, every rank its own part; then drop all but the newest `keep` snapshots."""
+def save_snapshot(root: Path, step: int, engine: PlainEngine, keep: int, keep_every: int | None = None) -> None:
+    """Write the state after `step` steps, every rank its own part; then drop all but the newest `keep` snapshots and those of multiples of
+    `keep_every` steps, which stay when the stage is done."""
     team = engine.team
     final = root / f"{PREFIX}{step:08d}"
     partial = final.with_name(final.name + PARTIAL)
@@ -50,10 +52,13 @@ def save_snapshot(root: Path, step: int, engine: PlainEngine, keep: int) -> None
     gathered = {name: digest for found in team.gather(hashes) for name, digest in found.items()}
     if team.leads:
         write_json(partial / "state.json", {"step": step, "ranks": team.size, "sha256": gathered})
+        if keep_every and step % keep_every == 0:
+            (partial / KEPT).touch()
         os.replace(partial, final)
         sync(root)
         for old in snapshots(root)[:-keep]:
-            _drop(old)
+            if not (old / KEPT).exists():
+                _drop(old)
     team.wait()
 
 
@@ -137,7 +142,11 @@ def newest_snapshot(root: Path, team: Team, say: Any) -> Snapshot | None:
         state = _state(path)
         names = sorted(state.get("sha256", {}))
         mine = names[team.rank :: team.size]
-        whole = bool(names) and all(_is(path / name, state["sha256"][name]) for name in mine)
+        whole = (
+            bool(names)
+            and path.name == f"{PREFIX}{state.get('step', -1):08}"
+            and all(_is(path / name, state["sha256"][name]) for name in mine)
+        )
         if all(team.gather(whole)):
             return Snapshot(path, state["step"])
         if team.leads:

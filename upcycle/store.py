@@ -32,6 +32,7 @@ from upcycle.team import ALONE, Team
 
 RECORD, TIMING = "stage.json", "timing.json"
 RESUMABLE = ("checkpoints", "metrics.jsonl", TIMING)  # what an interrupted attempt may leave to the next one
+KEPT = "kept"  # in a checkpoint that stays when its stage is done
 COMMIT = "COMMIT"  # beside a copy of the package: the commit that it is of
 FAILED = "failed.json"  # why the last attempt ended, if by an error
 LIBRARIES = ("upcycle", "torch", "transformers", "accelerate", "datasets", "numpy")
@@ -56,6 +57,7 @@ class Run:
     checkpoint_steps: int | None = None
     checkpoint_seconds: float | None = 60.0
     keep_checkpoints: int = 1
+    keep_every: int | None = None
     saved: Callable[[], None] = ignore
     team: Team = ALONE
 
@@ -238,7 +240,13 @@ def _clear(partial: Path) -> None:
 
 
 def _drop_snapshots(artifact: Artifact) -> None:
-    shutil.rmtree(artifact.path / "checkpoints", ignore_errors=True)
+    """All but those that are to stay."""
+    root = artifact.path / "checkpoints"
+    for path in root.glob("*"):
+        if not (path / KEPT).exists():
+            shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):  # something stays in it, or it is not there
+        root.rmdir()
 
 
 class _Clock:

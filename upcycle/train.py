@@ -245,12 +245,12 @@ def _run_steps(
         metrics.write(row)
         run.record(row)
         run.advance(step + 1, config.steps, **row)
-        by_steps = run.checkpoint_steps and (step + 1) % run.checkpoint_steps == 0
+        by_steps = any(every and (step + 1) % every == 0 for every in (run.checkpoint_steps, run.keep_every))
         by_time = run.checkpoint_seconds and now - saved_at >= run.checkpoint_seconds
         stop = stopping.asked()
         if step + 1 < config.steps and run.team.share(by_steps or by_time or stop):  # clocks differ between ranks
             metrics.sync()
-            save_snapshot(out / "checkpoints", step + 1, loop.engine, run.keep_checkpoints)
+            save_snapshot(out / "checkpoints", step + 1, loop.engine, run.keep_checkpoints, run.keep_every)
             run.saved()
             saved_at = time.monotonic()
             if run.team.share(stop):

@@ -122,9 +122,19 @@ def test_a_stage_on_two_nodes(cluster, here, tmp_path):
 
 def test_a_job_at_its_time_limit_is_queued_again_and_ends_with_the_same_weights(cluster, here, tmp_path):
     """One minute is less than the stage takes. Slurm's signal comes up to a minute early, so the script gets it while training runs."""
-    long = ["mix.rng_seed=8", "mix.tokens=200000", "stage=mix/bam", "launch.checkpoint_seconds=null"]
-    upcycle(cluster, *SMALL, *SLURM, *long, "name=long", "launch.time=1", "launch.stop_seconds=15", cwd=here)
-    found = until_idle(cluster, "long", here, seconds=900)
+    long = ["mix.rng_seed=8", "mix.tokens=350000", "stage=mix/bam", "launch.checkpoint_seconds=null"]
+    upcycle(
+        cluster,
+        *SMALL,
+        *SLURM,
+        *long,
+        "name=long",
+        "launch.time=1",
+        "launch.stop_seconds=15",
+        "launch.restarts=40",
+        cwd=here,
+    )
+    found = until_idle(cluster, "long", here, seconds=1500)
     (log,) = (here / "runs" / "long" / "slurm" / "logs").glob("mix-bam-*.log")
     said = log.read_text()
     assert " done " in found["mix/bam"], said
