@@ -51,6 +51,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def compose(raw: DictConfig) -> None:
+    # Not before, inside Hydra: what a handler raises there comes out as an error of its own. A rank may be inside a call that Python can't leave,
+    # because another rank died: it heeds the signal only where it can mean a time limit.
+    if not in_group() or stopping.FILE in os.environ:
+        signal.signal(signal.SIGTERM, stopping.on_sigterm)
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     if sweep:
         _announce_job()
@@ -302,9 +306,6 @@ def show_report(report: Artifact, out: Path, console: Console) -> None:
 def main() -> None:
     """Run, and turn what a user can cause into one clear message and exit status 2."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through to here
-    # A rank may be inside a call that Python can't leave, because another rank died: it heeds the signal only where it can mean a time limit.
-    if not in_group() or stopping.FILE in os.environ:
-        signal.signal(signal.SIGTERM, stopping.on_sigterm)
     try:
         sys.argv[1:] = rewritten(sys.argv[1:])
         compose()

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import random
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from tests.faults import MEAN_SECONDS, SETTINGS, damage, differences, run, undisturbed
+from tests.test_kills import contents, served
+from tests.test_launch import ROOT
 
 
 @pytest.mark.slow
@@ -48,3 +57,51 @@ def test_damage_hits_the_newest_checkpoint_of_a_training(tmp_path):
         (where / "model.safetensors").write_bytes(b"0123456789")
     assert damage(tmp_path, draw) == "mix-0.partial/step-00000002/model.safetensors"
     assert (where / "model.safetensors").read_bytes() != b"0123456789"
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """(directory, what it holds) of a run that nothing disturbed."""
+    where = tmp_path_factory.mktemp("undisturbed")
+    with served() as upcycle:
+        assert upcycle(*SETTINGS, cwd=where) == 0, (where / "log").read_text()
+    return where, undisturbed(where)
+
+
+@pytest.mark.slow
+def test_two_drivers_on_one_run_make_it_once(expected, tmp_path):
+    with served() as first, served() as second, ThreadPoolExecutor(2) as pool:
+        ended = [pool.submit(one, *SETTINGS, cwd=tmp_path) for one in (first, second)]
+        assert [one.result() for one in ended] == [0, 0], (tmp_path / "log").read_text()
+    assert differences(undisturbed(tmp_path), expected[1]) == []
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_in_training_costs_no_result(expected, tmp_path):
+    """Files above 400 kB fail, as on a full disk: a checkpoint's moments do, its weights do not."""
+    whole, _ = expected
+    shutil.copytree(whole / "artifacts", tmp_path / "artifacts")
+    (seed,) = (tmp_path / "artifacts").glob("seed-*")
+    shutil.rmtree(seed)
+    words = shlex.join([sys.executable, "-m", "launch.cli", *SETTINGS, "stage=seed"])
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def run_it(limit):
+        return subprocess.run(
+            ["bash", "-c", f"{limit}exec {words}"], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+
+    full = run_it("ulimit -f 400; ")
+    assert (
+        full.returncode == 2 and "could not write" in full.stderr + full.stdout
+    ) or "File too large" in full.stderr, full
+    partial = seed.with_name(f"{seed.name}.partial")
+    assert not seed.exists() and not list(partial.glob("checkpoints/step-*[0-9]"))
+    assert run_it("").returncode == 0
+    assert contents(seed) == contents(whole / "artifacts" / seed.name)
+
+
+def test_no_result_depends_on_the_clock_of_the_day():
+    """Clocks jump; what is measured and waited for goes by the monotonic one. Names of copies and folders may show the time."""
+    for path in [*(ROOT / "upcycle").glob("*.py"), *(ROOT / "launch").glob("*.py")]:
+        assert not re.search(r"\btime\.time\(|datetime\.(now|utcnow)\(", path.read_text()), path
