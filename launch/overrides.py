@@ -24,7 +24,7 @@ BRANCH = re.compile(r"\+{0,2}branches\.(?P<name>[^.=]+)(?P<path>\.path)?=(?P<val
 NAME = re.compile(r"\+{0,2}name=(?P<value>.*)", re.S)
 MIXTURE = re.compile(r"mixtures\.(?P<name>[^.=]+)\.(?:match|scratch)=.*", re.S)
 FREE_KEYS = re.compile(
-    r"(?:merges|curvature\.texts)(?:\.[^=]+)?=.*", re.S
+    r"(?:merges|curvature\.texts|launch\.kinds)(?:\.[^=]+)?=.*", re.S
 )  # settings by names of the user's: no file has them
 # A directory that Hydra takes without quotes, and as text.
 PLAIN = re.compile(r"[A-Za-z_./][\w/\-.+%@:]*", re.ASCII)

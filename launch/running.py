@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from upcycle.config import STRICT
@@ -76,6 +76,10 @@ class LaunchConfig:
         return self
 
 
+def _as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, int) else value
+
+
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class SlurmConfig(LaunchConfig):
     """Stages as jobs of Slurm. `config` and `processes` are those of a stage that a group makes, on `nodes` nodes.
@@ -92,7 +96,7 @@ class SlurmConfig(LaunchConfig):
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
-    time: int | Annotated[str, Field(pattern=TIME)] | None = None
+    time: Annotated[str, BeforeValidator(_as_text), Field(pattern=TIME)] | None = None
     cpus: int | None = Field(default=None, ge=1)
     gpus: int | None = Field(default=None, ge=1)
     memory: str | None = Field(default=None, pattern=r"^\d+[KMGT]?$")

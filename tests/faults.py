@@ -18,15 +18,20 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from tests.test_kills import SMALL, contents, served
+from upcycle.stopping import AGAIN, TERMINATED
+from upcycle.store import RECORD
 
 SETTINGS = [*SMALL, "launch.checkpoint_steps=1", "launch.keep_checkpoints=2", "track.progress=false"]
-MEAN_SECONDS = 1.0  # between a start and the signal
+SHARE = 0.6  # of the time of an undisturbed run: the latest moment of a signal, so that rounds get on and all stages have their kills
 DAMAGE = 0.3  # so often a checkpoint is damaged as well, where there is one
 TIMES = ("seconds", "parallel_seconds", "machine", "provenance", "created")  # what two reports can't share
+ENDS = {signal.SIGKILL: {-signal.SIGKILL}, signal.SIGTERM: {-signal.SIGTERM, TERMINATED, AGAIN}}  # exit statuses
+FIGURES = ("rounds", "kills", "SIGKILL", "SIGTERM", "damaged checkpoints", "damaged checkpoints noticed")
 DRAWN = (".html", ".svg", ".png")  # drawn from report.json, times and all
 
 
@@ -58,12 +63,13 @@ def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
 
 
 def damage(root: Path, draw: random.Random) -> str | None:
-    """Cut short, or turn one bit of, a file of the newest checkpoint of what is in training; which it was."""
+    """Cut short, or turn one bit of, a file of the newest checkpoint of what is in training; which it was. None where nothing is."""
     steps = sorted(path for path in root.glob("artifacts/*.partial/checkpoints/step-*") if path.suffix != ".partial")
-    files = [file for file in steps[-1].iterdir() if file.stat().st_size] if steps else []
-    if not files:
+    if (
+        not steps or (steps[-1].parent.parent / RECORD).exists()
+    ):  # the latter is whole, and its checkpoints are not read again
         return None
-    file = draw.choice(sorted(files))
+    file = draw.choice(sorted(steps[-1].glob("*.safetensors")))
     data = bytearray(file.read_bytes())
     place = draw.randrange(len(data))
     if draw.random() < 0.5:
@@ -81,64 +87,57 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--processes", type=int, default=1, choices=(1, 2))
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args(arguments)
-    settings, mean = list(SETTINGS), MEAN_SECONDS
+    settings = list(SETTINGS)
     if chosen.processes > 1:
         settings += ["launch=accelerate", "launch.config=zero2", f"launch.processes={chosen.processes}"]
-        mean *= 6  # a group takes long to start
-    found = run(chosen.kills, random.Random(chosen.rng_seed), settings, mean)
-    found |= {"rng_seed": chosen.rng_seed, "processes": chosen.processes}
+    found = run(chosen.kills, random.Random(chosen.rng_seed), settings)
+    found |= {"date": date.today().isoformat(), "rng_seed": chosen.rng_seed, "processes": chosen.processes}
     print(json.dumps(found, indent=1))
     if chosen.json:
         chosen.json.write_text(json.dumps(found, indent=1) + "\n")
     return int(bool(found["differences"]))
 
 
-def run(kills: int, draw: random.Random, settings: list[str], mean: float) -> dict[str, Any]:
+def run(kills: int, draw: random.Random, settings: list[str]) -> dict[str, Any]:
     """Rounds until there were so many kills; what happened, and what differs."""
     counted: Counter[str] = Counter()
     stages: Counter[str] = Counter()
     odd: list[str] = []
-    start = time.monotonic()
+    begun = time.monotonic()
     with served() as upcycle, tempfile.TemporaryDirectory() as place:
         reference = Path(place) / "reference"
         reference.mkdir()
         assert upcycle(*settings, cwd=reference) == 0, (reference / "log").read_text()
+        longest = (time.monotonic() - begun) * SHARE
         expected = undisturbed(reference)
         while counted["kills"] < kills:
             where = Path(place) / f"round-{counted['rounds']}"
             where.mkdir()
-            status = 1
+            status, damaged = 1, None
             while status != 0:
                 sent = draw.choice((signal.SIGKILL, signal.SIGTERM))
-                after = (draw.expovariate(1 / mean), int(sent)) if counted["kills"] < kills else None
-                status = upcycle(*settings, cwd=where, after=after)
+                spared = damaged or counted["kills"] >= kills  # a damaged checkpoint is to be read
+                status = upcycle(*settings, cwd=where, after=None if spared else (draw.uniform(0, longest), int(sent)))
                 said = (where / "log").read_text(errors="replace")
                 counted["damaged checkpoints noticed"] += said.count("damaged (")
+                damaged = None
                 if status == 0:
                     continue
-                if after is None or "upcycle: " in said.replace("upcycle: stopped", ""):
+                if spared or status not in ENDS[sent]:
                     raise AssertionError(f"round {counted['rounds']} does not go on: exit status {status}\n{said}")
                 counted["kills"] += 1
                 counted[signal.Signals(sent).name] += 1
                 stages.update({path.name.split("-")[0] for path in where.glob("artifacts/*.partial")} or {"between"})
-                if draw.random() < DAMAGE and damage(where, draw):
-                    counted["damaged checkpoints"] += 1
+                damaged = damage(where, draw) if draw.random() < DAMAGE else None
+                counted["damaged checkpoints"] += damaged is not None
             odd += differences(undisturbed(where), expected)
             counted["rounds"] += 1
-            print(
-                f"{counted['kills']} of {kills} kills, round {counted['rounds']} done, {len(odd)} differences",
-                flush=True,
-            )
+            print(f"{counted['kills']} of {kills} kills, round {counted['rounds']}, {len(odd)} differences", flush=True)
             shutil.rmtree(where)
-    figures = {
-        name: counted[name]
-        for name in ("rounds", "kills", "SIGKILL", "SIGTERM", "damaged checkpoints", "damaged checkpoints noticed")
-    }
+    figures = {name: counted[name] for name in FIGURES}
     return figures | {
-        "in stages": dict(sorted(stages.items())),
-        "seconds": round(time.monotonic() - start),
-        "differences": odd,
-    }
+        "in stages": dict(sorted(stages.items())), "seconds": round(time.monotonic() - begun), "differences": odd,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

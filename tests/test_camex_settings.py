@@ -9,11 +9,8 @@ import tiny
 
 import upcycle
 from tests.test_merges import configured
-from upcycle.assembly import placed_experts, upcycled_config
-from upcycle.combine_config import CombineConfig
 from upcycle.configuration import UpcycledConfig
 from upcycle.experts import place
-from upcycle.mixture_config import AssembleConfig
 
 SEGMENT = {"kind": "soft", "top_k": 1, "pool": {"per": "segment", "tokens": 8, "first": "base"}}
 CA = {"of": "weights", "base": "seed", "curvature": "kronecker"}
@@ -86,19 +83,6 @@ def test_the_base_is_one_of_the_models_and_none_of_the_routed():
         ValueError, match="combine.base=mean is no model's name, and a branch is called so; rename that branch"
     ):
         place(choice(base="mean"), ["code", "mean"], layers=2, width=8)
-
-
-def test_segments_as_long_as_all_positions_are_refused():
-    seed = tiny.dense_config("llama")
-    long, short = (choice(router={"pool": {"tokens": tokens}}) for tokens in (64, 63))
-    with pytest.raises(
-        ValueError, match=r"router.pool.tokens=64: the seed has 64 positions, so every text would be a first segment"
-    ):
-        upcycled_config(seed, placed_experts(seed, ["code", "law"], long), long)
-    assert upcycled_config(seed, placed_experts(seed, ["code", "law"], short), short).router_options["tokens"] == 63
-    with pytest.raises(ValueError, match="combine.base=lwa is not known, .* did you mean law"):
-        place(choice(base="lwa"), ["code", "law"], layers=2, width=8)
-    assert AssembleConfig().combine == CombineConfig()
 
 
 def test_a_config_that_cannot_be_is_refused():

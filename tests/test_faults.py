@@ -13,14 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.faults import MEAN_SECONDS, SETTINGS, damage, differences, run, undisturbed
+from tests.faults import SETTINGS, damage, differences, run, undisturbed
 from tests.test_kills import contents, served
 from tests.test_launch import ROOT
 
 
 @pytest.mark.slow
 def test_killed_runs_end_with_the_same_bytes():
-    found = run(15, random.Random(1), SETTINGS, MEAN_SECONDS)
+    found = run(15, random.Random(1), SETTINGS)
     assert found["differences"] == []
     assert found["kills"] == found["SIGKILL"] + found["SIGTERM"] >= 15 and len(found["in stages"]) > 3
     assert found["damaged checkpoints noticed"] == found["damaged checkpoints"]

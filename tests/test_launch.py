@@ -406,7 +406,7 @@ def test_a_word_is_looked_up_before_hydra_reads_it(tmp_path):
     assert done.returncode == 2 and not list(tmp_path.iterdir())
     assert done.stderr == (
         "upcycle: reprot: no such word; did you mean report or export or route? Words: help, explain, doctor, export, status, "
-        "report, replicates, add, remove, dense, fold, route; settings are key=value (upcycle --help shows them)\n"
+        "report, replicates, add, remove, dense, fold, route, prune, cancel, sweep; settings are key=value (upcycle --help shows them)\n"
     )
     assert unknown_word(["experiment=tiny", "stat"]) == "stat"
     for fine in ([], ["a=1", "+b=2", "~c"], ["-m", "a=1,2"], ["a=1", "--config-dir", "here"]):

@@ -60,16 +60,9 @@ def placed_experts(seed, branches: Sequence[str], choice: AssembleConfig) -> Pla
 def upcycled_config(seed, found: Placed, choice: AssembleConfig) -> UpcycledConfig:
     """The mixture's config: `choice` and the experts that it makes, in the model's own terms.
 
-    Raises ValueError: a seed whose family is neither listed nor adopted (adoption.py); segments that reach over all its positions.
+    Raises ValueError: a seed whose family is neither listed nor adopted (adoption.py).
     """
     router, attention, placement = choice.router, choice.attention_router, choice.placement
-    positions = getattr(seed, "max_position_embeddings", None)
-    for name, one in choice.routers.items():
-        if positions and one.pool.per == "segment" and one.pool.tokens >= positions:
-            raise ValueError(
-                f"{name}.pool.tokens={one.pool.tokens}: the seed has {positions} positions, so every text would be a first segment, whose decision "
-                "no router makes; write fewer"
-            )
     names, wide = [expert.name for expert in found.experts], [expert.name for expert in found.attention]
     return UpcycledConfig(
         seed=with_family(seed).to_dict(),
