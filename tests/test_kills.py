@@ -57,7 +57,7 @@ CASES = {
     "seed": [
         ("torn", "save_file", r"step-0*3.*optimizer"),
         ("before", "replace", r"artifacts/.*/stage.json$"),
-        ("before", "rmtree", r"checkpoints$"),
+        ("before", "rmtree", r"checkpoints/step-\d+$"),
         FINISH,
     ],
     "branch/code": [("halfway", "rmtree", r"step-"), ("before", "replace", r"step-0*2$"), FINISH],
