@@ -80,6 +80,16 @@ def damage(root: Path, draw: random.Random) -> str | None:
     return f"{steps[-1].parent.parent.name}/{steps[-1].name}/{file.name}"
 
 
+def sentence(found: dict[str, Any]) -> str:
+    """As README.md and docs/cluster.md have it."""
+    counts = f"{found['kills']} kills ({found['SIGKILL']} SIGKILL, {found['SIGTERM']} SIGTERM)"
+    stages = ", ".join(f"{name} {count}" for name, count in found["in stages"].items())
+    return (
+        f"{found['date']}: {counts} over {found['rounds']} runs, {found['damaged checkpoints']} damaged checkpoints, all "
+        f"{found['damaged checkpoints noticed']} noticed; {len(found['differences'])} differences. What was unfinished at a kill: {stages}."
+    )
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults")
     parser.add_argument("--kills", type=int, default=15)

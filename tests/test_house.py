@@ -229,6 +229,23 @@ def test_the_table_of_merges_is_the_generated_one():
     assert found is not None and found.group(1).strip() == markdown(summary, methods_of(summary)).strip()
 
 
+def test_figures_of_random_kills_are_those_of_the_record():
+    from tests.faults import sentence
+
+    found = json.loads((ROOT / "docs" / "faults.json").read_text())
+    assert found["kills"] >= 100 and found["damaged checkpoints"] == found["damaged checkpoints noticed"]
+    assert sentence(found).split("; ")[0] in README and sentence(found) in (ROOT / "docs" / "cluster.md").read_text()
+
+
+def test_the_tables_of_camex_are_the_generated_ones():
+    from evals.camex_table import PAGE, layers, merges
+
+    summary, page = json.loads(PAGE.with_suffix(".json").read_text()), PAGE.read_text()
+    for name, text in (("camex merges", merges(summary)), ("camex layers", layers(summary))):
+        found = re.search(rf"<!-- table: {name} -->\n(.*?)\n<!-- /table -->", page, re.S)
+        assert found is not None and found.group(1).strip() == text.strip()
+
+
 def test_readme_replicates_are_the_generated_ones():
     from evals.replicates import markdown
 
