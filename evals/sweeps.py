@@ -83,8 +83,14 @@ def table(found: Mapping[str, Any]) -> list[list[str]]:
     lines = [[*keys, "points", *found["models"]]]
     for group in found["groups"]:
         shown = [write_mean(group["models"].get(name)) for name in found["models"]]
-        lines.append([*(group["settings"].get(key, ABSENT) for key in keys), str(group["points"]), *shown])
+        lines.append([*(group["settings"].get(key, ABSENT) for key in keys), _points(group), *shown])
     return lines
+
+
+def _points(group: Mapping[str, Any]) -> str:
+    """How many points there are, and of how many of them figures are shown where that is fewer."""
+    shown = max((model["points"] for model in group["models"].values()), default=0)
+    return str(shown) if shown == group["points"] else f"{shown} of {group['points']}"
 
 
 def write_mean(mean: Mapping[str, Any] | None) -> str:
@@ -133,7 +139,7 @@ def render_sweep(name: str, found: Mapping[str, Any]) -> str:
     lines = []
     for group in found["groups"]:
         first, *others = [group["settings"].get(key, ABSENT) for key in keys] or ["all"]
-        cells = "".join(cell(one, one, css="text") for one in others) + cell(group["points"], str(group["points"]))
+        cells = "".join(cell(one, one, css="text") for one in others) + cell(group["points"], _points(group))
         for model in found["models"]:
             mean = group["models"].get(model)
             cells += cell(mean["mean"] if mean else "", write_mean(mean))

@@ -17,6 +17,7 @@ from rich.table import Table
 from launch.config import LaunchConfig
 from launch.follow import last_line, progress
 from launch.groups import child_environment, command, launch_file, processes_of, strategy_of, visible_gpus
+from upcycle.stopping import AGAIN, Stopped
 from upcycle.store import Artifact
 
 POLL_SECONDS, PLAIN_SECONDS = 0.5, 30.0
@@ -76,10 +77,10 @@ def make_side_by_side(
 ) -> None:
     """Train the branches in `waiting`, at most launch.parallel_branches at a time. One that fails leaves the others be.
 
-    Raises RuntimeError: some failed, after the others have ended.
+    Raises RuntimeError: some failed, after the others have ended. Stopped: they were asked to.
     """
     free = shares(launch)
-    slots, left, running, failed = dict(enumerate(free)), list(waiting), [], []
+    slots, left, running, failed, stopped = dict(enumerate(free)), list(waiting), [], [], False
     logs.mkdir(parents=True, exist_ok=True)
     live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
     printed = time.monotonic()
@@ -94,7 +95,10 @@ def make_side_by_side(
             for job in [job for job in running if job.process.poll() is not None]:
                 running.remove(job)
                 slots[job.share] = free[job.share]
-                failed += [] if _ended_well(job, console) else [job]
+                if job.process.returncode == AGAIN:
+                    stopped, left = True, []  # the others are asked as well
+                elif not _ended_well(job, console):
+                    failed.append(job)
             if live:
                 live.update(_table(waiting, running, failed))
             elif running and time.monotonic() - printed >= PLAIN_SECONDS:
@@ -110,6 +114,8 @@ def make_side_by_side(
     finally:
         if live:
             live.stop()
+    if stopped and not failed:
+        raise Stopped
     if failed:
         why = "; ".join(f"{job.stage.name}: {last_line(job.log)} (log: {job.log})" for job in failed)
         raise RuntimeError(

@@ -35,8 +35,8 @@ def stage_states(run: Path, manifest: Mapping[str, str], store: Path) -> list[tu
     Raises RuntimeError: Slurm does not answer.
     """
     jobs = submitted_stages(run)
-    queued = queue(entry["job"] for entry in jobs.values())
     done = {stage for stage, artifact in manifest.items() if (store / artifact / RECORD).is_file()}
+    queued = queue(entry["job"] for stage, entry in jobs.items() if stage not in done)
     rows = []
     for stage, artifact in manifest.items():
         entry, place = jobs.get(stage, {}), store / artifact

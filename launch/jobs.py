@@ -59,14 +59,31 @@ def plan_jobs(stages: Sequence[Artifact], queued: Mapping[str, str] = MappingPro
     one_of: dict[str, str] = {}  # of the stages that one job makes, one stands for all
     stands_for = {stage: one_of.setdefault(job, stage) for stage, job in queued.items()}
     stands_for |= {stage.name: data[0].name for stage in data}
-    grouped: dict[tuple[str, tuple[str, ...]], list[Artifact]] = {}
+    grouped: dict[tuple[str, bool, tuple[str, ...]], list[Artifact]] = {}
     needs = {stage.name: [parent.name for parent in stage.parents() if not parent.finished] for stage in missing}
-    of_data = [name for stage in data for name in needs[stage.name] if name in queued]
+    names = {stage.name for stage in data}
+    of_data = [name for stage in data for name in needs[stage.name] if name not in names]
     for stage in missing:
         needed = of_data if stage in data else needs[stage.name]
         after = dict.fromkeys(stands_for.get(name, name) for name in needed)
-        grouped.setdefault((kind_of(stage.name), tuple(after)), []).append(stage)
-    return [Job(kind, tuple(members), after) for (kind, after), members in grouped.items()]
+        grouped.setdefault((kind_of(stage.name), stage.together, tuple(after)), []).append(stage)
+    jobs = [Job(kind, tuple(members), after) for (kind, _, after), members in grouped.items()]
+    return _in_order(jobs)
+
+
+def _in_order(jobs: list[Job]) -> list[Job]:
+    """Each after those that make what it needs: a seed that is brought along has no data before it, and may come late."""
+    placed: list[Job] = []
+    made: set[str] = set()
+    makers = {stage.name for job in jobs for stage in job.stages}
+    while len(placed) < len(jobs):
+        ready = [
+            job for job in jobs if job not in placed and all(name in made or name not in makers for name in job.after)
+        ]
+        placed += ready
+        made |= {stage.name for job in ready for stage in job.stages}
+        assert ready, "stages need one another in a circle"
+    return placed
 
 
 def kind_of(stage: str) -> str:
@@ -91,8 +108,7 @@ def script(job: Job, launch: SlurmConfig, settings: Sequence[str], run: Path, co
         "code": shlex.quote(str(code)),
         "here": shlex.quote(str(Path.cwd())),
         "stages": " ".join(map(shlex.quote, stages)),
-        "stop_seconds": str(own.stop_seconds),
-        "patience": str(own.stop_seconds * 3 // 4),
+        "patience": str(own.stop_seconds // 2),
         "restarts": str(own.restarts),
         "run": shlex.quote(str(run.absolute())),
         "python": shlex.quote(sys.executable),
@@ -113,11 +129,11 @@ def _options(job: Job, own: SlurmConfig, run: Path) -> list[str]:
     log = run.absolute() / "slurm" / "logs" / f"{job.name}-{'%A_%a' if job.array else '%j'}.log"
     given = {
         "job-name": f"{run.name}:{job.name}",
-        "output": str(log),
+        "output": f'"{str(log.parent).replace("%", "%%")}/{log.name}"',
         "nodes": own.nodes if together else 1,
         "ntasks-per-node": 1,
         "cpus-per-task": own.cpus,
-        "gpus-per-node": own.gpus if together or own.config is None else None,
+        "gpus-per-node": own.gpus if together or own.config is None or own.gpus is None else 1,
         "mem": own.memory,
         "time": own.time,
         "partition": own.partition,

@@ -135,6 +135,12 @@ def task_overrides() -> list[str]:
     return found
 
 
+def quoted(path: Path) -> str:
+    """A path as a value that Hydra takes for text."""
+    escaped = str(path.absolute()).replace("'", "\\'")
+    return f"'{escaped}'"
+
+
 def options_of(typed: list[str]) -> list[str]:
     """The command's options, such as `--config-dir DIR`, less those that make it a sweep."""
     options = []

@@ -35,8 +35,8 @@ from launch.overrides import CONF, check_package, explained, own_arguments, rewr
 from launch.plan import check_sources, check_texts, print_dry_run, print_plan
 from launch.recipes import Experiment, upcycle
 from launch.running import SlurmConfig
-from launch.submission import hand_over, planned_jobs, within_job
-from launch.sweep import Table, note_point
+from launch.submission import check_submitted, hand_over, planned_jobs, within_job
+from launch.sweep import Table, note_point, only_shows
 from upcycle import stopping
 from upcycle.config import nearest
 from upcycle.directories import check_new, check_room
@@ -59,7 +59,7 @@ def compose(raw: DictConfig) -> None:
     if sweep:
         _announce_job()
     out = Path(HydraConfig.get().runtime.output_dir)
-    makes = not (raw.plan or raw.dry_run) and os.environ.get("RANK", "0") == "0"
+    makes = not only_shows(raw) and os.environ.get("RANK", "0") == "0"
     overrides, error = task_overrides(), None
     try:
         if sweep and makes:
@@ -74,7 +74,7 @@ def compose(raw: DictConfig) -> None:
     except Exception as failure:  # a user wants a line, and says so when they want the frames
         if os.environ.get("UPCYCLE_TRACEBACK"):
             raise
-        code, error = _fail(failure), one_line(failure)
+        code, error = _fail(failure), _in_words(failure)
         if not sweep or in_group():
             sys.exit(code)
         Table.failed = True  # and the other points go on
@@ -123,6 +123,7 @@ def _plan_or_make(cfg: Config, out: Path, team: Team, console: Console, budget: 
     stages = asked_stages(cfg, experiment.store)
     check_destination(cfg, experiment)
     if isinstance(cfg.launch, SlurmConfig):
+        check_texts(stages)
         jobs, queued = planned_jobs(cfg, cfg.launch, stages, experiment.store.stages.values(), out)
         if not cfg.dry_run:
             check_sources(stages, console)
@@ -136,6 +137,8 @@ def _plan_or_make(cfg: Config, out: Path, team: Team, console: Console, budget: 
     if os.environ.get(STARTED) == "1":  # one stage of a run that has a driver
         compute(cfg, experiment.store, stages, console, team, out)
         return
+    if INSIDE in os.environ:
+        check_submitted(stages, out)
     leads = team.leads and cfg.launch.machine_rank == 0
     if leads and INSIDE not in os.environ:  # else done at submission
         check_sources(stages, console)
@@ -147,7 +150,7 @@ def _plan_or_make(cfg: Config, out: Path, team: Team, console: Console, budget: 
         show_report(experiment.report, out, console)
     if experiment.report is None or cfg.out is not None:
         for name, model in (experiment.mixtures | experiment.merges).items():
-            if model.finished:
+            if model.finished and (INSIDE not in os.environ or model in stages):  # else several jobs would
                 deliver(name, model, cfg.out, console)
 
 
@@ -327,10 +330,13 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error} (UPCYCLE_TRACEBACK=1 shows where)"
 
 
+def _in_words(error: Exception) -> str:
+    return explained(error) if isinstance(error, HydraException | OmegaConfBaseException) else one_line(error)
+
+
 def _fail(error: Exception) -> int:
-    hydras = isinstance(error, HydraException | OmegaConfBaseException)
     rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-    print(f"upcycle: {rank}{explained(error) if hydras else one_line(error)}", file=sys.stderr)
+    print(f"upcycle: {rank}{_in_words(error)}", file=sys.stderr)
     return 2
 
 

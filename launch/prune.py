@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections.abc import Iterable
@@ -11,8 +12,10 @@ from filelock import FileLock, Timeout
 
 from launch.plan import human
 from launch.status import found_runs, read_manifest, read_settings
+from upcycle.store import RECORD
 
 PARTIAL, GONE = ".partial", ".removed"
+ARTIFACT = re.compile(r"[\w.-]+-[0-9a-f]{8}(\.partial|\.removed)?")
 
 
 def prune(arguments: list[str]) -> int:
@@ -35,7 +38,9 @@ def prune(arguments: list[str]) -> int:
     if "--yes" not in arguments:
         print(f"{len(unneeded)} artifacts, {total}, that no run refers to{'; --yes removes them' if unneeded else ''}")
         return 0
-    removed = [path for path, _ in unneeded if remove(path)]
+    needed = referred(found_runs([]))  # once more: summing up takes a while, and a run may have begun
+    still = [path for path, _ in unneeded if path in idle(path.parent, needed.get(path.parent, set()))]
+    removed = [path for path in still if remove(path)]
     print(f"{len(removed)} of {len(unneeded)} artifacts removed, {total} in all")
     return 0
 
@@ -51,8 +56,15 @@ def referred(runs: Iterable[Path]) -> dict[Path, set[str]]:
 
 def idle(store: Path, names: set[str]) -> list[Path]:
     """The artifacts in a store, unfinished ones too, that are not among `names` and that nobody is making."""
-    found = [path for path in sorted(store.glob("*")) if path.is_dir() and not path.name.startswith(".")]
+    found = [path for path in sorted(store.glob("*")) if path.is_dir() and is_artifact(path)]
     return [path for path in found if path.name.removesuffix(PARTIAL) not in names and not in_use(store, path)]
+
+
+def is_artifact(path: Path) -> bool:
+    """Whether this directory is one that the store has made, whole or not, or half removed."""
+    if ARTIFACT.fullmatch(path.name) is None:
+        return False
+    return path.suffix in (PARTIAL, GONE) or (path / RECORD).is_file()
 
 
 def in_use(store: Path, path: Path) -> bool:
@@ -73,10 +85,12 @@ def size_of(directory: Path) -> int:
 
 def remove(path: Path) -> bool:
     """Renamed first, so that a crash in the middle leaves nothing that looks finished. False where another process was faster."""
-    gone = path.with_name(path.name + GONE)
+    gone = path.with_name(path.name.removesuffix(GONE) + GONE)
     try:
-        path.rename(gone)
+        if gone != path:
+            shutil.rmtree(gone, ignore_errors=True)
+            path.rename(gone)
     except FileNotFoundError:
         return False
-    shutil.rmtree(gone)
+    shutil.rmtree(gone, ignore_errors=True)
     return True

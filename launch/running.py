@@ -77,6 +77,11 @@ class LaunchConfig:
 
 
 def _as_text(value: Any) -> Any:
+    """Minutes as sbatch takes them. Raises ValueError: more than a day of them, which is how YAML reads HH:MM:SS without quotes."""
+    if isinstance(value, int) and value > 1440:
+        raise ValueError(
+            f"{value} minutes are more than a day, and YAML reads 8:00:00 as 28800; write it in quotes, days as '2-00:00:00'"
+        )
     return str(value) if isinstance(value, int) else value
 
 

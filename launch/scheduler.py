@@ -13,6 +13,19 @@ from upcycle.durable import write_json
 from upcycle.store import Artifact
 
 JOBS = "slurm/jobs.json"  # in the run's directory
+ALIVE = (
+    "PENDING",
+    "CONFIGURING",
+    "RUNNING",
+    "SUSPENDED",
+    "REQUEUED",
+    "REQUEUE_HOLD",
+    "REQUEUE_FED",
+    "STOPPED",
+    "RESIZING",
+    "SIGNALING",
+)
+NEVER = "DependencyNeverSatisfied"
 
 
 def submit(jobs: Sequence[Job], scripts: Sequence[str], run: Path, queued: dict[str, str]) -> dict[str, str]:
@@ -21,6 +34,11 @@ def submit(jobs: Sequence[Job], scripts: Sequence[str], run: Path, queued: dict[
     queued: the jobs of stages that are in the queue already. Raises RuntimeError: sbatch refused one; those before it are taken back.
     """
     found: dict[str, str] = {}
+    before, record = submitted_stages(run), submitted_stages(run)
+    shared = {
+        stage: job for stage, job in queued.items() if record.get(stage, {}).get("job") != job
+    }  # not this run's own
+    record |= {stage: {"job": job, "shared": True} for stage, job in shared.items()}
     (run / "slurm" / "logs").mkdir(parents=True, exist_ok=True)
     for job, text in zip(jobs, scripts, strict=True):
         needed = dict.fromkeys((queued | found)[name] for name in job.after)
@@ -30,19 +48,15 @@ def submit(jobs: Sequence[Job], scripts: Sequence[str], run: Path, queued: dict[
         except RuntimeError:
             if found:
                 slurm("scancel", *sorted({one.split("_")[0] for one in found.values()}))
+                write_json(run / JOBS, before, sort_keys=False)
             raise
         for index, stage in enumerate(job.stages):
             found[stage.name] = f"{number}_{index}" if job.array else number
             note = _note(stage)
             note.parent.mkdir(parents=True, exist_ok=True)
             write_json(note, {"job": found[stage.name]})
-    record = {
-        stage.name: {"job": found[stage.name], "after": job.after, **_length(stage)}
-        for job in jobs
-        for stage in job.stages
-    }
-    shared = {stage: {"job": number, "shared": True} for stage, number in queued.items()}
-    write_json(run / JOBS, submitted_stages(run) | shared | record, sort_keys=False)
+            record[stage.name] = {"job": found[stage.name], "after": job.after, **_length(stage)}
+        write_json(run / JOBS, record, sort_keys=False)  # after each, so that `cancel` knows of it whatever comes next
     return found
 
 
@@ -58,7 +72,7 @@ def queued_stages(stages: Iterable[Artifact]) -> dict[str, str]:
         for stage in stages
         if not stage.finished and (note := _note(stage)).is_file()
     }
-    waiting = queue(noted.values())
+    waiting = {job for job, (state, _, reason) in queue(noted.values()).items() if state in ALIVE and reason != NEVER}
     return {stage: job for stage, job in noted.items() if job in waiting}
 
 

@@ -12,9 +12,11 @@ from rich.console import Console
 from launch.config import Config
 from launch.group_checks import check_job
 from launch.jobs import INSIDE, Job, keep_code, kind_of, plan_jobs, script
-from launch.overrides import own_arguments
+from launch.overrides import own_arguments, quoted
 from launch.running import SlurmConfig
 from launch.scheduler import queued_stages, submit
+from upcycle.config import nearest
+from upcycle.durable import read_object
 from upcycle.store import Artifact
 
 
@@ -35,6 +37,11 @@ def planned_jobs(
 
     Raises ValueError: settings that would fail inside a job, or inputs that nobody makes. RuntimeError: Slurm does not answer.
     """
+    known = {kind_of(stage.name) for stage in every}
+    if unknown := [kind for kind in launch.kinds if kind not in known]:
+        raise ValueError(
+            f"launch.kinds.{unknown[0]}: no job of this run is of that kind{nearest(unknown[0], known)} Kinds: {', '.join(sorted(known))}"
+        )
     queued = {} if cfg.dry_run else queued_stages(every)
     if not cfg.dry_run:
         _check_inputs(stages, queued)
@@ -60,10 +67,29 @@ def _check_inputs(stages: Sequence[Artifact], queued: Mapping[str, str]) -> None
             )
 
 
+def _said(out: Path) -> str:
+    """A run's directory as the words of the command line take it."""
+    here = Path.cwd()
+    return str(out.absolute().relative_to(here)) if out.absolute().is_relative_to(here) else str(out.absolute())
+
+
+def check_submitted(stages: Sequence[Artifact], out: Path) -> None:
+    """Inside a job: are these the artifacts that were submitted. Raises ValueError: a text, a checkpoint or a launch file has changed since."""
+    submitted = read_object(out / "manifest.json", fix="submit the run again")
+    for stage in stages:
+        if (expected := submitted.get(stage.name)) != stage.path.name:
+            raise ValueError(
+                f"stage {stage.name!r} is {stage.path.name} now and was {expected} when it was submitted: a text or checkpoint that it reads has changed "
+                "since; submit the run again"
+            )
+
+
 def _settings(cfg: Config, out: Path) -> list[str]:
     """What composes this run's settings in a job. out: the run's directory, which for a point of a sweep is not that of its name."""
-    where = str(out.absolute()).replace("'", "\\'")
-    return [*(one for one in own_arguments(cfg.tokens) if not one.startswith("dry_run=")), f"hydra.run.dir='{where}'"]
+    return [
+        *(one for one in own_arguments(cfg.tokens) if not one.startswith("dry_run=")),
+        f"hydra.run.dir={quoted(out)}",
+    ]
 
 
 def hand_over(
@@ -86,6 +112,6 @@ def hand_over(
     done = sum(stage.finished for stage in stages)
     waiting = f", {len(queued)} were in the queue" if queued else ""
     console.print(
-        f"{len(jobs)} jobs submitted; {done} of {len(stages)} stages were done{waiting}. `upcycle status {cfg.name}` follows them",
+        f"{len(jobs)} jobs submitted; {done} of {len(stages)} stages were done{waiting}. `upcycle status {_said(out)}` follows them",
         highlight=False, soft_wrap=True,
     )  # fmt: skip

@@ -13,11 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from launch.follow import stage_states
+from launch.scheduler import JOBS
 from upcycle.durable import read_object, write_json
 
 POINT = "point.json"
+
+
+def only_shows(config: DictConfig) -> bool:
+    """Whether a run of these settings makes nothing."""
+    return bool(config.plan or config.dry_run or OmegaConf.select(config, "assemble.dry_run"))
 
 
 def note_point(where: Path, overrides: Sequence[str], error: str | None, ended: bool) -> None:
@@ -45,25 +52,34 @@ def read_points(root: Path) -> list[dict[str, Any]]:
     ]
     points = []
     for path, note, own in zip(paths, notes, settings, strict=True):
-        report = path.with_name("report.json")
+        report, state, error = _how_it_went(path.parent, note)
         points.append({
             "point": path.parent.name,
             "settings": {key: own[key] for key in keys if key in own},
-            "state": _state(path.parent, note),
-            "error": note["error"],
-            "report": json.loads(report.read_text()) if report.is_file() and not note["error"] else None,
+            "state": state,
+            "error": error,
+            "report": report,
         })  # fmt: skip
     return points
 
 
-def _state(where: Path, note: dict[str, Any]) -> str:
+def _how_it_went(where: Path, note: dict[str, Any]) -> tuple[dict | None, str, str | None]:
+    """A point's report, if the run that its manifest names has one, its state, and why it failed. A report.json of an earlier sweep is none."""
+    from launch.status import read_manifest, read_settings
+
     if note["error"]:
-        return "failed"
-    if (where / "report.json").is_file():
-        return "done"
-    if (where / "slurm").is_dir():
-        return "submitted"
-    return "done" if note["ended"] else "ended without a word"
+        return None, "failed", note["error"]
+    if not (where / "manifest.json").is_file():
+        return None, "done" if note["ended"] else "ended without a word", None
+    manifest, store = read_manifest(where), Path(read_settings(where)["artifacts"])
+    report = store / manifest.get("report", "none") / "report.json"
+    if report.is_file():
+        return json.loads(report.read_text()), "done", None
+    if not (where / JOBS).is_file():
+        return None, "done" if note["ended"] else "ended without a word", None
+    rows = stage_states(where, manifest, store)
+    bad = [f"{stage}: {said}" for stage, _, said in rows if said.startswith(("FAILED", "ended", "not started"))]
+    return None, "failed" if bad else "submitted", bad[0] if bad else None
 
 
 def write_tables(root: Path) -> tuple[str, bool]:
@@ -89,12 +105,13 @@ class Table(Callback):
     failed = False
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        for path in Path(config.hydra.sweep.dir).glob(f"*/{POINT}"):
-            path.unlink(missing_ok=True)
+        if not only_shows(config):
+            for path in Path(config.hydra.sweep.dir).glob(f"*/{POINT}"):
+                path.unlink(missing_ok=True)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         root = Path(config.hydra.sweep.dir)
-        if os.environ.get("RANK", "0") != "0" or not any(root.glob(f"*/{POINT}")):
+        if os.environ.get("RANK", "0") != "0" or only_shows(config) or not any(root.glob(f"*/{POINT}")):
             return
         text, Table.failed = write_tables(root)
         print(text)

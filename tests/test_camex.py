@@ -426,3 +426,30 @@ def test_merged_weights_are_never_more_than_a_chunk(monkeypatch):
     torch.testing.assert_close(out, expected)
     for ours, theirs in zip(found, torch.autograd.grad(expected.square().sum(), inputs), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["soft_merging", "ca", "per_layer"])
+def test_generation_that_keeps_weights_pads_and_computes_in_bf16_as_one_that_does_not(name, monkeypatch):
+    """Prompts of two lengths, whose segments begin at different steps; the weights are merged in autocast's dtype."""
+    model = mixture_of(FORMS[name], tokens=4, dtype=torch.float32)
+    ids, mask = tiny.tokens(2, 8), tiny.left_padding(3, 0, sequence=8)
+
+    def generated(autocast):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = model.generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=9,
+                min_new_tokens=9,
+                do_sample=False,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        return out.sequences, torch.stack(out.logits).float()
+
+    kept = {autocast: generated(autocast) for autocast in (False, True)}
+    monkeypatch.setattr(soft_merging.SoftMergedExperts, "generates", lambda *_: False)
+    for autocast, (sequences, logits) in kept.items():
+        expected, others = generated(autocast)
+        assert torch.equal(sequences, expected)
+        torch.testing.assert_close(logits, others, rtol=2e-2 if autocast else 1e-5, atol=2e-2 if autocast else 1e-5)

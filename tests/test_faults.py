@@ -1,4 +1,4 @@
-"""Fifteen random kills and damaged checkpoints, the same ones every time; `python -m tests.faults --kills 100` is the longer form."""
+"""Fifteen random kills and damaged checkpoints, at moments drawn with one rng_seed; `python -m tests.faults --kills 100` is the longer form."""
 
 from __future__ import annotations
 

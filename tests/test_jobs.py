@@ -14,6 +14,7 @@ from launch.jobs import keep_code, plan_jobs, script
 from launch.running import SlurmConfig
 from tests.test_launch import TINY, upcycle
 from tests.test_merges import declared
+from upcycle.store import Store, versioned
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +80,9 @@ def test_scripts_ask_for_what_the_settings_say(stages, tmp_path):
         and branch["gpus-per-node"] == "4"
         and branch["time"] == "1:00:00"
     )
-    assert branch["signal"] == "B:USR1@120" and branch["output"].endswith("runs/x/slurm/logs/branch-%A_%a.log")
+    assert branch["signal"] == "B:USR1@120" and branch["output"].endswith('runs/x/slurm/logs/branch-%A_%a.log"')
     assert data["partition"] == "cpu" and "gpus-per-node" not in data
-    assert assembly["nodes"] == "1" and "gpus-per-node" not in assembly  # no group makes it
+    assert assembly["nodes"] == assembly["gpus-per-node"] == "1"  # no group makes it
     assert options_of(texts["eval-btx"])["nodes"] == "1"
     assert (
         "stages=(branch/code branch/law branch/math)" in texts["branch"]
@@ -117,6 +118,7 @@ REFUSED = {
     "kinds.branch.main_address: no setting of a job": {"kinds": {"branch": {"main_address": "a:1"}}},
     "nodes=3 has no effect": {"kinds": {"mix": {"nodes": 3}}},
     "should match pattern": {"time": "soon"},
+    "YAML reads 8:00:00 as 28800": {"time": 28800},
     "greater than or equal to 10": {"stop_seconds": 1},
 }  # fmt: skip
 
@@ -211,7 +213,55 @@ def test_a_refused_submission_takes_the_others_back(stages, tmp_path, monkeypatc
     with pytest.raises(RuntimeError, match="invalid partition"):
         scheduler.submit(jobs, ["text"] * len(jobs), tmp_path / "x", {})
     assert slurm.calls[-1] == ("scancel", "1", "2", "3")
-    assert not (tmp_path / "x" / "slurm" / "jobs.json").exists()
+    assert scheduler.submitted_stages(tmp_path / "x") == {}
+
+
+def test_a_seed_that_is_brought_along_comes_before_the_data():
+    """Tokens are made with its tokenizer, so the one job of all data waits for it."""
+    make, store = versioned(1)(lambda: None), Store("nowhere")
+    documents = store.stage("documents/x", make, None)
+    seed = store.stage("seed", make, None)
+    tokens = store.stage("tokens/x", make, None, documents=documents, seed=seed)
+    store.stage("branch/x", make, None, seed=seed, data={"x": tokens})
+    seed_job, data, branch = plan_jobs(list(store.stages.values()))
+    assert (seed_job.name, data.name, branch.name) == ("seed", "data", "branch-x")
+    assert data.after == ("seed",) and set(branch.after) == {"seed", "documents/x"}
+
+
+def test_stages_of_a_group_and_stages_of_one_process_are_no_array(stages):
+    queued = {
+        stage.name: "1" for stage in stages if stage.name.split("/")[0] in ("documents", "tokenizer", "tokens", "seed")
+    }
+    (one, *_) = [stage for stage in stages if stage.name == "branch/code"]
+    alone = one.__class__(**{**vars(one), "function": lambda: None})
+    jobs = plan_jobs([alone, *(stage for stage in stages if stage.name in ("branch/law", "branch/math"))], queued)
+    assert [[stage.name for stage in job.stages] for job in jobs] == [["branch/code"], ["branch/law", "branch/math"]]
+
+
+def test_a_job_that_ends_or_can_never_start_makes_nothing(submitted, monkeypatch):
+    moved, _, found, _ = submitted
+    for state, reason, counts in (
+        ("RUNNING", "None", True),
+        ("COMPLETING", "None", False),
+        ("PENDING", "DependencyNeverSatisfied", False),
+    ):
+        said = f"{found['seed']}|{state}|1:00|{reason}\n"
+        monkeypatch.setattr(scheduler, "slurm", lambda *words, said=said, **_: said)
+        assert ("seed" in scheduler.queued_stages(moved)) is counts
+
+
+def test_a_runs_own_job_stays_its_own_when_the_rest_is_submitted_again(submitted, tmp_path, monkeypatch):
+    _, jobs, found, _ = submitted
+    monkeypatch.setattr(scheduler, "slurm", Slurm())
+    rest = [job for job in jobs if job.name == "report"]
+    scheduler.submit(rest, ["text"], tmp_path / "runs/x", found)
+    record = scheduler.submitted_stages(tmp_path / "runs/x")
+    assert record["branch/code"]["job"] == found["branch/code"] and "shared" not in record["branch/code"]
+    other = scheduler.submit(rest, ["text"], tmp_path / "runs/y", found)
+    assert (
+        scheduler.submitted_stages(tmp_path / "runs/y")["branch/code"] == {"job": found["branch/code"], "shared": True}
+        and other
+    )
 
 
 def test_states_are_told_from_the_queue_the_store_and_the_logs(submitted, tmp_path, monkeypatch):
@@ -245,6 +295,10 @@ def test_a_dry_run_prints_scripts_and_needs_no_slurm(tmp_path):
     assert "dry_run=" not in done.stdout and not list(tmp_path.iterdir())
     wrong = upcycle(*TINY, "launch=slurm", "launch.node=2", "dry_run=true", cwd=tmp_path, check=False)
     assert wrong.returncode == 2 and "nodes, partition" in wrong.stderr
-    absent = upcycle(*TINY, "launch=slurm", cwd=tmp_path, check=False)
-    if absent.returncode:  # no Slurm here, or no cluster
-        assert absent.returncode == 2 and re.search("sbatch|squeue", absent.stderr)
+
+
+def test_without_slurm_that_is_said(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match="squeue: no such program, expected Slurm's on this machine"):
+        scheduler.queue(["1"])
+    assert scheduler.queue([]) == {}

@@ -22,17 +22,19 @@ DATA = "stage=[documents/code,documents/law,documents/math,documents/general,tok
 
 @pytest.fixture
 def fresh(monkeypatch):
-    monkeypatch.setattr(stopping, "_state", {"looks": False, "asked": False})
+    monkeypatch.setattr(stopping, "_state", {"looks": False, "asked": None})
 
 
-def test_a_signal_is_heeded_where_somebody_looks_and_ends_the_process_elsewhere(fresh):
+def test_a_signal_is_heeded_where_somebody_looks_and_ends_the_process_elsewhere(fresh, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         stopping.on_sigterm()
     assert ended.value.code == stopping.TERMINATED and not stopping.asked()
     with stopping.looking():
         stopping.on_sigterm()
         assert stopping.asked()
-        with pytest.raises(SystemExit) as ended:  # asked twice
+        stopping.on_sigterm()  # told by another as well
+        monkeypatch.setattr(stopping, "ONE_REQUEST", 0.0)
+        with pytest.raises(SystemExit) as ended:  # asked again
             stopping.on_sigterm()
     assert ended.value.code == stopping.TERMINATED
 

@@ -48,7 +48,7 @@ def test_points_that_differ_in_rng_seed_are_replicates():
     assert first["mean"] == pytest.approx(3.1) and first["interval"] == pytest.approx([3.1 - half, 3.1 + half])
     assert second == {"mean": 2.5, "interval": None, "points": 1}
     assert table(found)[0] == ["mix.lr", "points", "btx"]
-    assert table(found)[2] == ["0.2", "2", "12.18"]
+    assert table(found)[1][1] == "2" and table(found)[2] == ["0.2", "1 of 2", "12.18"]
     text = format_sweep(found)
     assert "point 3 (mix.lr=0.2 rng_seed=2) failed: it broke" in text and "22.20 [6.230, 79.09]" in text
     assert "it broke" in render_sweep("rates", found)

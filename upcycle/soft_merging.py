@@ -21,7 +21,9 @@ from torch.autograd.function import once_differentiable
 from .families import ACTIVATIONS, Family, family_of, stacked_shapes
 from .routing import Routing
 
-CHUNK_BYTES = 64 * 2**20  # of merged weights that are there at once, forward and backward; one decision's at least
+CHUNK_BYTES = (
+    64 * 2**20
+)  # of merged weights that are there at once, forward and backward; one decision's at least. Generation keeps more (KeptWeights)
 
 Weights = dict[str, Tensor]  # of one feed-forward, or with a dimension in front, by the names that StackedExperts has
 
@@ -197,25 +199,28 @@ class SoftMergedExperts(nn.Module):
     def generates(self, hidden_TD: Tensor, trace: Any) -> bool:
         """Whether this is a step of cached generation whose merged weights can be kept for the next one: a token of each sequence, no more sequences
         than experts (so what is kept is no larger than they are), and no base that other layers need to hear of."""
-        if not trace.earlier or torch.is_grad_enabled() or self.chained or trace.removed:
+        if not trace.earlier or not trace.kept or torch.is_grad_enabled() or self.chained or trace.removed:
             return False
-        sequences = len(next(iter(trace.kept.values())).count_B)  # this layer's router has kept something before
+        sequences = len(next(iter(trace.kept.values())).count_B)  # of the first router that remembers
         return len(hidden_TD) == sequences <= self.num_experts
 
     def next_token(self, hidden_BD: Tensor, routing: Routing, trace: Any) -> Tensor:
-        """One token of each sequence through weights that are merged only where its decision is a new one."""
+        """One token of each sequence, through weights that are merged only for those whose decision is a new one."""
         gates_BE = routing.gates.new_zeros(len(hidden_BD), self.num_experts).scatter_add(
             1, routing.experts, routing.gates
         )
         if self.base_first and routing.decided is not None:
             gates_BE = gates_BE * routing.decided.unsqueeze(1)  # the base alone
-        before = trace.earlier.get(self.kept_as)
-        weights = (
-            before.weights
-            if before is not None and torch.equal(before.gates_BE, gates_BE)
-            else self.merge(gates_BE, trace)
-        )
-        trace.kept[self.kept_as] = KeptWeights(next(iter(trace.kept.values())).tokens, gates_BE, weights)
+        before, tokens = trace.earlier.get(self.kept_as), next(iter(trace.kept.values())).tokens
+        if before is None or next(iter(before.weights.values())).dtype != self.merges_in(hidden_BD):
+            weights = self.merge(gates_BE, trace)
+        elif (new_B := (before.gates_BE != gates_BE).any(1)).any():
+            found = self.merge(gates_BE[new_B], trace)
+            rows_B = new_B.nonzero().squeeze(1)
+            weights = {name: one.index_copy(0, rows_B, found[name]) for name, one in before.weights.items()}
+        else:
+            weights = before.weights
+        trace.kept[self.kept_as] = KeptWeights(tokens, gates_BE, weights)
 
         def linear(name: str, x_B1I: Tensor) -> Tensor:
             out_B1O = torch.bmm(x_B1I, weights[name].mT)
@@ -224,16 +229,20 @@ class SoftMergedExperts(nn.Module):
 
         return self.feed_forward(linear, hidden_BD.unsqueeze(1)).squeeze(1)
 
-    def merge(self, gates_BE: Tensor, trace: Any) -> Weights:
-        """B + Σ_e g_be Δ_e for each sequence; under autocast in its dtype, as `merged_linear` has it."""
-        kind = gates_BE.device.type
-        with torch.autocast(kind, enabled=False):
+    def merges_in(self, hidden: Tensor) -> torch.dtype:
+        """The dtype of merged matrices: autocast's, where it is on, as `merged_linear` has it."""
+        kind = hidden.device.type
+        own = next(iter(self.stored()[1].values())).dtype
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else own
+
+    def merge(self, gates_NE: Tensor, trace: Any) -> Weights:
+        """B + Σ_e g_ne Δ_e for each of N sequences."""
+        wanted = self.merges_in(gates_NE)
+        with torch.autocast(gates_NE.device.type, enabled=False):
             base, delta = self.weights(trace)
-        if torch.is_autocast_enabled(kind):
-            wanted = torch.get_autocast_dtype(kind)
             delta = {name: one if name.endswith("bias") else one.to(wanted) for name, one in delta.items()}
             base = base and {name: one.to(delta[name].dtype) for name, one in base.items()}
-        return {name: merged(gates_BE.to(one.dtype), base and base[name], one) for name, one in delta.items()}
+            return {name: merged(gates_NE.to(one.dtype), base and base[name], one) for name, one in delta.items()}
 
     def decided(self, hidden_TD: Tensor, routing: Routing, base: Weights | None, delta: Weights, trace: Any) -> Tensor:
         """Tokens through the merged feed-forwards of their decisions."""

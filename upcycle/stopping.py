@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,11 @@ FILE = "UPCYCLE_STOP_FILE"
 AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 TERMINATED = 143  # 128 + SIGTERM, as shells say it
 
-_state = {"looks": False, "asked": False}
+ONE_REQUEST = (
+    5.0  # seconds: a batch system and a launcher that it has signalled may both tell a process, which is asking once
+)
+
+_state: dict[str, Any] = {"looks": False, "asked": None}  # asked: when first, by the monotonic clock
 
 
 class Stopped(SystemExit):
@@ -39,11 +44,12 @@ def looking() -> Iterator[None]:
 
 def on_sigterm(*_: Any) -> None:
     """For `signal.signal`. Where nobody looks (a stage without checkpoints), or when asked twice, the process ends at once."""
-    if _state["asked"] or not _state["looks"]:
+    now = time.monotonic()
+    if not _state["looks"] or (_state["asked"] is not None and now - _state["asked"] > ONE_REQUEST):
         sys.exit(TERMINATED)
-    _state["asked"] = True
+    _state["asked"] = _state["asked"] or now
 
 
 def asked() -> bool:
     file = os.environ.get(FILE)
-    return _state["asked"] or (file is not None and Path(file).exists())
+    return _state["asked"] is not None or (file is not None and Path(file).exists())

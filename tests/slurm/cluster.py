@@ -69,6 +69,14 @@ class Cluster:
         self.environment = {**os.environ, "PATH": _path(), "SLURM_CONF": str(root / "slurm.conf")}
 
     def __enter__(self):
+        try:
+            self._begin()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _begin(self) -> None:
         for part in ("munge", "state", *(f"spool-{node}" for node in NODES)):
             (self.root / part).mkdir(parents=True)
         (self.root / "munge").chmod(0o711)
@@ -86,7 +94,6 @@ class Cluster:
         for node in NODES:
             self._start(["slurmd", "-D", "-N", node])
         _until(lambda: self.said("sinfo", "-h", "-o", "%T %D").strip() == "idle 2", "nodes are not idle", self.root)
-        return self
 
     def __exit__(self, *_error):
         subprocess.run(["scancel", "--user=root"], env=self.environment, capture_output=True)
