@@ -35,7 +35,7 @@ def _check_batches(stages: Sequence[Artifact], ranks: int, of_branch: int, strat
 
 
 def check_job(stages: Sequence[Artifact], launch: LaunchConfig) -> None:
-    """`_check_group`, for a group that a job on other machines will start."""
+    """`check_group`, for a group that a job on other machines will start."""
     if launch.config is not None:
         command(launch, [], "")  # for what it raises
         ranks = processes_of(launch)

@@ -241,8 +241,11 @@ class SoftMergedExperts(nn.Module):
         with torch.autocast(gates_NE.device.type, enabled=False):
             base, delta = self.weights(trace)
             delta = {name: one if name.endswith("bias") else one.to(wanted) for name, one in delta.items()}
-            base = base and {name: one.to(delta[name].dtype) for name, one in base.items()}
-            return {name: merged(gates_NE.to(one.dtype), base and base[name], one) for name, one in delta.items()}
+            base = None if base is None else {name: one.to(delta[name].dtype) for name, one in base.items()}
+            return {
+                name: merged(gates_NE.to(one.dtype), None if base is None else base[name], one)
+                for name, one in delta.items()
+            }
 
     def decided(self, hidden_TD: Tensor, routing: Routing, base: Weights | None, delta: Weights, trace: Any) -> Tensor:
         """Tokens through the merged feed-forwards of their decisions."""
