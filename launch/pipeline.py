@@ -150,7 +150,9 @@ def _plan_or_make(cfg: Config, out: Path, team: Team, console: Console, budget: 
         show_report(experiment.report, out, console)
     if experiment.report is None or cfg.out is not None:
         for name, model in (experiment.mixtures | experiment.merges).items():
-            if model.finished and (INSIDE not in os.environ or model in stages):  # else several jobs would
+            if model.finished and (
+                INSIDE not in os.environ or model.name in [one.name for one in stages]
+            ):  # else several jobs would
                 deliver(name, model, cfg.out, console)
 
 

@@ -32,8 +32,8 @@ def within_job(cfg: Config) -> Config:
 def planned_jobs(
     cfg: Config, launch: SlurmConfig, stages: Sequence[Artifact], every: Collection[Artifact], out: Path
 ) -> tuple[list[Job], dict[str, str]]:
-    """The jobs that make what is missing of `stages`, and by stage those in the queue that will make some of `every` one of the run. With dry_run,
-    prints the scripts.
+    """The jobs that make what is missing of `stages`, and by stage the jobs in the queue that will make others. every: all stages of the run. With
+    dry_run, prints the scripts.
 
     Raises ValueError: settings that would fail inside a job, or inputs that nobody makes. RuntimeError: Slurm does not answer.
     """
