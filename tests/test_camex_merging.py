@@ -22,6 +22,7 @@ from upcycle.checkpoint import Checkpoint
 from upcycle.kronecker import FACTORS
 from upcycle.merge import check_merge, check_options, readers
 from upcycle.merge_config import ROLES, MergeConfig, RoleConfig
+from upcycle.merged import merge_in_words
 from upcycle.merger import Merger, Statistics
 from upcycle.mixture_config import AssembleConfig
 from upcycle.roles import TensorFacts
@@ -169,6 +170,7 @@ def test_the_merge_is_what_was_learned(models, data, tmp_path):
     assert record["curvature"]["code"][0]["split"] == "train" and record["curvature"]["code"][0]["tokens"] == {
         "code": 12 * 2 * 8
     }
+    assert "code: camex on 24 sequences of 8 tokens (code 192)" in merge_in_words(tmp_path / "merged")
     about = {name: Statistics(tmp_path / "learned" / name) for name in NAMES}
     Merger(
         merge, Checkpoint(models["seed"]), AutoConfig.from_pretrained(models["seed"]), list(NAMES), about

@@ -230,6 +230,7 @@ def write_learned(learned: Learned, losses: Sequence[float], config: Mapping[str
         about = {
             "kinds": ["camex"],
             "options": options,
+            "sequences": sequences,
             "sequence_length": config["sequence_length"],
             "rng_seed": config["rng_seed"],
         }

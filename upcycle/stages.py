@@ -180,7 +180,7 @@ def compare_task_arithmetic(
         run.say(line)
 
 
-@versioned(1)
+@versioned(2)
 def learn_camex(
     config: dict[str, Any], *, out: Path, run: Run, seed: Path, branches: dict[str, Path], data: dict[str, Path]
 ) -> None:
