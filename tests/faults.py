@@ -1,6 +1,6 @@
 """Kill a run at random moments, and damage its checkpoints, until it has had enough; after each it goes on, and in the end nothing differs.
 
-    python -m tests.faults --kills 100 [--rng-seed 1] [--processes 2] [--json FILE]
+    python -m tests.faults --kills 100 [--rng-seed 1] [--json FILE]
 
 A round is a whole small run from an empty directory: text, tokens, seed, branches, soup, assembly, mixture, dense continuation, evaluation, report.
 Signals are SIGKILL and SIGTERM, to the command and all that it started; after a part of them a file of the newest checkpoint is cut short or has one bit
@@ -94,14 +94,10 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults")
     parser.add_argument("--kills", type=int, default=15)
     parser.add_argument("--rng-seed", type=int, default=1)
-    parser.add_argument("--processes", type=int, default=1, choices=(1, 2))
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args(arguments)
-    settings = list(SETTINGS)
-    if chosen.processes > 1:
-        settings += ["launch=accelerate", "launch.config=zero2", f"launch.processes={chosen.processes}"]
-    found = run(chosen.kills, random.Random(chosen.rng_seed), settings)
-    found |= {"date": date.today().isoformat(), "rng_seed": chosen.rng_seed, "processes": chosen.processes}
+    found = run(chosen.kills, random.Random(chosen.rng_seed), SETTINGS)
+    found |= {"date": date.today().isoformat(), "rng_seed": chosen.rng_seed}
     print(json.dumps(found, indent=1))
     if chosen.json:
         chosen.json.write_text(json.dumps(found, indent=1) + "\n")
