@@ -60,6 +60,7 @@ class Isolated:
     def finish(self, measured: Measured | None) -> None:
         """Wait until everything is logged; not longer than PATIENCE_SECONDS."""
         if self._over:
+            self._thread.join(FAILED_SECONDS)  # it may still be ending its service, and must not end the next stage's
             return
         self._calls.put(lambda: self._sink.finish(measured))
         self._calls.put(None)

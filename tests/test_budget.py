@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from rich.console import Console
 
 import evals.speed
@@ -174,7 +175,7 @@ def test_what_a_run_starts_again_has_its_tokens_and_no_budget(monkeypatch):
     from launch.overrides import own_arguments
 
     typed = ["experiment=tiny", "budget=2h", "stage=seed"]
-    task = SimpleNamespace(overrides=SimpleNamespace(task=typed))
+    task = SimpleNamespace(overrides=SimpleNamespace(task=OmegaConf.create(typed)))
     monkeypatch.setattr("hydra.core.hydra_config.HydraConfig.get", lambda: task)
     monkeypatch.setattr("sys.argv", ["upcycle", *typed])
     assert own_arguments(7) == ["experiment=tiny", "budget=null", "tokens=7"]

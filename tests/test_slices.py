@@ -293,7 +293,7 @@ def test_strategies_that_cannot_are_refused():
 
 def test_a_group_that_cannot_is_refused_before_it_starts(tmp_path):
     from launch.config import build
-    from launch.pipeline import _check_group
+    from launch.group_checks import check_group
     from launch.recipes import upcycle
     from upcycle.store import Store
     from upcycle.team import ALONE
@@ -303,12 +303,12 @@ def test_a_group_that_cannot_is_refused_before_it_starts(tmp_path):
         cfg = build(settings(phases | {"launch.config": name, "launch.processes": 2, "mix.micro_batch_sequences": 1}))
         stages = [*upcycle(cfg, Store(tmp_path)).mixtures.values()]
         if name == "ddp":
-            _check_group(cfg, ALONE, stages)
+            check_group(cfg.launch, ALONE, stages)
             continue
         with pytest.raises(
             ValueError, match=r"mixtures.bam.train.phases\[0\].experts=\['law'\] does not work under zero2"
         ):
-            _check_group(cfg, ALONE, stages)
+            check_group(cfg.launch, ALONE, stages)
 
 
 MISTAKES = {
