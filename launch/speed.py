@@ -118,7 +118,7 @@ def measure_speed(cfg: Config) -> Speed:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from evals.speed import training_flops_per_second
+    from evals.throughput import training_flops_per_second
     from upcycle.assembly import placed_experts, upcycled_config
     from upcycle.modeling import UpcycledForCausalLM
 

@@ -9,8 +9,8 @@ import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 
-import evals.speed
-from evals.speed import training_flops_per_second
+import evals.throughput
+from evals.throughput import training_flops_per_second
 from launch.budget import read_seconds, read_tokens, shared_out, tokens_within
 from launch.config import build
 from launch.recipes import upcycle
@@ -195,7 +195,7 @@ def test_speed_is_the_median_of_steps_after_the_first_ones(monkeypatch):
         return dense_models  # something with `close`
 
     monkeypatch.setattr(dense_models, "close", lambda: None, raising=False)
-    monkeypatch.setattr(evals.speed, "train", rows)
+    monkeypatch.setattr(evals.throughput, "train", rows)
     model = dense_models("llama", 1, dtype=torch.float32)[0]
     flops = Shape.of_config(model.config.to_dict()).train_flops_per_token(16)
     assert training_flops_per_second(model, TRAIN) == 30 * flops

@@ -1,0 +1,195 @@
+"""Processes that train: upcycle's own loop, and a plain PyTorch loop around a class of transformers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evals.benchmarks.models import about, built, decoder_layers, probe
+from upcycle.batches import Batches
+from upcycle.config import OptimizerConfig, PhaseConfig, ScheduleConfig, TrainConfig
+from upcycle.engines import ENGINES
+from upcycle.machine import matmul_peak_flops
+from upcycle.team import ALONE, Team
+from upcycle.train import Loop, Objective, checkpointing_options
+
+RATE = 1e-4
+SHOWN = 14  # rows of a profile
+
+
+def settings(config: Mapping[str, Any]) -> TrainConfig:
+    """config: `sequences`, `length`, and `micro` sequences at a time (all, where it is not given)."""
+    return TrainConfig(
+        tokens=10**9, proportions={"random": 1.0}, sequence_length=config["length"], batch_sequences=config["sequences"],
+        micro_batch_sequences=config.get("micro", config["sequences"]), lr=RATE, phases=(PhaseConfig(),),
+        schedule=ScheduleConfig(kind="constant", warmup_steps=0), max_epochs=float("inf"),
+    )  # fmt: skip
+
+
+def batches(config: Mapping[str, Any]) -> Batches:
+    """Of the tokens below `data`, the same for every side."""
+    train = settings(config)
+    data = {"random": Path(config["data"])}
+    return Batches(
+        data,
+        train.proportions,
+        train.sequence_length,
+        train.batch_sequences,
+        train.rng_seed,
+        max_epochs=train.max_epochs,
+    )
+
+
+class _Training:
+    """Steps of a training, timed. `steps` of them a measurement, after one (the first time two) that is left out."""
+
+    def __init__(self, config: Mapping[str, Any], model: Any):
+        self.config, self.model, self.done = config, model, 0
+        self.about = about(model, config["length"]) if config.get("planned", True) else {}
+        self.about["probe"] = probe(model)
+        model.train()
+        if config.get("compile"):
+            for layer in decoder_layers(model):
+                layer.compile()
+
+    def step(self) -> float:
+        """One optimizer step; its cross-entropy in nats a token."""
+        raise NotImplementedError
+
+    def measure(self) -> dict[str, Any]:
+        first = [self.step()] if not self.done else []
+        self.done += 1
+        self.step()
+        seconds = []
+        for _ in range(self.config["steps"]):
+            start = time.perf_counter()
+            self.step()
+            seconds.append(time.perf_counter() - start)
+        middle = sorted(seconds)[len(seconds) // 2]
+        tokens = self.config["sequences"] * self.config["length"]
+        peak = matmul_peak_flops.__wrapped__("bf16")  # now, not as remembered
+        return {"seconds": middle, "tokens_per_second": tokens / middle, "peak": peak, "first_loss": first}
+
+    def profile(self) -> dict[str, Any]:
+        """Shares of the operators' own time in two steps, the largest first."""
+        from torch.profiler import ProfilerActivity, profile
+
+        self.step()
+        with profile(activities=[ProfilerActivity.CPU]) as found:
+            self.step()
+            self.step()
+        rows = sorted(found.key_averages(), key=lambda row: -row.self_cpu_time_total)
+        total = sum(row.self_cpu_time_total for row in rows)
+        shares = [[row.key, row.self_cpu_time_total / total, row.count // 2] for row in rows[:SHOWN]]
+        return {"seconds": total / 2e6, "operators": shares}
+
+
+class LoopSide(_Training):
+    """A mixture or a dense model in upcycle's training loop, its losses and records included."""
+
+    def __init__(self, config: Mapping[str, Any], team: Team = ALONE):
+        super().__init__(config, built(config))
+        train = settings(config)
+        if config.get("checkpointing"):
+            self.model.activation_checkpointing_enable(checkpointing_options(team.strategy))
+        engine = ENGINES[team.strategy](Objective(self.model, train.precision, 1), train, team)
+        self.loop, self.number = Loop(train, engine, batches(config)), 0
+        self.loop.begin(0, None)
+
+    def step(self) -> float:
+        totals = self.loop.step(self.number)
+        self.number += 1
+        return totals["cross_entropy"].item()
+
+
+class PlainSide(_Training):
+    """What one writes around a model of transformers: autocast, its own loss, clipping, fused AdamW.
+
+    config: `implementation` of the experts; None is what transformers takes by itself.
+    """
+
+    def __init__(self, config: Mapping[str, Any]):
+        model = built(config)
+        if config.get("implementation"):
+            model.set_experts_implementation(config["implementation"])
+        super().__init__(dict(config) | {"planned": False}, model)
+        self.about["implementation"] = model.config._experts_implementation
+        options = OptimizerConfig()
+        self.clip = options.clip_norm
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=RATE,
+            betas=(options.beta1, options.beta2),
+            weight_decay=options.weight_decay,
+            fused=True,
+        )
+        self.batches, self.number = batches(config), 0
+
+    def step(self) -> float:
+        ids = torch.from_numpy(self.batches.batch(self.number))
+        self.number += 1
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+
+class AttentionForms:
+    """Exact causal attention forward and backward in several forms, in bf16. config: `shape` (B, H, S, d)."""
+
+    def __init__(self, config: Mapping[str, Any]):
+        torch.manual_seed(0)
+        self.inputs = [torch.randn(config["shape"]).bfloat16().requires_grad_() for _ in range(3)]
+        self.repeats = config["steps"]
+        sdpa = FORMS["sdpa"](*self.inputs).float()
+        for name, form in FORMS.items():
+            torch.testing.assert_close(form(*self.inputs).float(), sdpa, rtol=0.05, atol=0.02, msg=name)
+        self.about: dict[str, Any] = {"forms": list(FORMS)}
+
+    def measure(self) -> dict[str, float]:
+        """Seconds of each form."""
+        found = {}
+        for name, form in FORMS.items():
+            seconds = []
+            for _ in range(self.repeats + 1):
+                start = time.perf_counter()
+                form(*self.inputs).sum().backward()
+                seconds.append(time.perf_counter() - start)
+                for tensor in self.inputs:
+                    tensor.grad = None
+            found[name] = sorted(seconds[1:])[self.repeats // 2]
+        return found
+
+
+def _sdpa(query: Any, key: Any, value: Any) -> Any:
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+
+def _matmul(query: Any, key: Any, value: Any) -> Any:
+    """All scores at once."""
+    length = query.shape[-2]
+    above = torch.ones(length, length, dtype=torch.bool).triu(1)
+    scores = (query @ key.transpose(-1, -2)) * query.shape[-1] ** -0.5
+    return scores.masked_fill(above, float("-inf")).softmax(-1) @ value
+
+
+def _blocks(query: Any, key: Any, value: Any, size: int = 128) -> Any:
+    """Blocks of queries, each against the keys up to its end: half of the scores."""
+    out = []
+    for start in range(0, query.shape[-2], size):
+        part = query[..., start : start + size, :]
+        stop = start + part.shape[-2]
+        scores = (part @ key[..., :stop, :].transpose(-1, -2)) * query.shape[-1] ** -0.5
+        above = torch.ones(part.shape[-2], stop, dtype=torch.bool).triu(start + 1)
+        out.append(scores.masked_fill(above, float("-inf")).softmax(-1) @ value[..., :stop, :])
+    return torch.cat(out, -2)
+
+
+FORMS = {"sdpa": _sdpa, "matmul": _matmul, "blocks": _blocks}
