@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.utils import is_flash_attn_2_available
 
 from tests.tiny import VOCAB, dense_models, gradients_of, mixture_of, tokens
@@ -82,6 +83,13 @@ def test_grouped_experts_under_autocast_are_the_plain_ones(choices):
 def test_sdpa_is_eager_attention(choices):
     eager = outputs(on_device(choices, implementation="eager"))
     assert_near(outputs(on_device(choices, implementation="sdpa")), eager, 1e-3)
+
+
+def test_torchs_flash_kernel_is_eager_attention(choices):
+    eager = outputs(on_device(choices, torch.bfloat16, implementation="eager"))
+    model = on_device(choices, torch.bfloat16, implementation="sdpa")
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        assert_near(outputs(model), eager, BF16)
 
 
 @pytest.mark.skipif(not is_flash_attn_2_available(), reason="needs the package flash-attn")

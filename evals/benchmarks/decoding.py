@@ -49,13 +49,12 @@ class DecodeSide:
         generator = torch.Generator().manual_seed(0)
         shape = (config["batch"], config["prompt"])
         self.prompt = torch.randint(3, model.config.vocab_size, shape, generator=generator)
+        whole = {parameter.data_ptr(): parameter for parameter in model.parameters()}  # a tied one is read once
+        self.read = sum(map(_bytes, whole.values())) - self._left()
 
-    def _decode(self) -> tuple[list[float], Any, int]:
-        """Seconds of each token; the cache; bytes of weights that a token read, on average."""
-        from upcycle.modeling import StackedExperts
-
-        seconds, self.taken = [], []
-        experts = [module for module in self.model.modules() if isinstance(module, StackedExperts)]
+    def _decode(self) -> tuple[list[float], Any]:
+        """Seconds of each token; the cache."""
+        seconds = []
         with self.torch.no_grad():
             out = self.model(self.prompt, use_cache=True)
             for _ in range(self.config["tokens"]):
@@ -63,12 +62,13 @@ class DecodeSide:
                 start = time.perf_counter()
                 out = self.model(ids, past_key_values=out.past_key_values, use_cache=True)
                 seconds.append(time.perf_counter() - start)
-        whole = {parameter.data_ptr(): parameter for parameter in self.model.parameters()}
-        read = sum(parameter.numel() * parameter.element_size() for parameter in whole.values())
-        return seconds, out.past_key_values, read - self._left(experts)
+        return seconds, out.past_key_values
 
-    def _left(self, experts: list[Any]) -> int:
-        """Bytes of experts that no sequence of the batch took, on average over tokens: read from the routers of one more pass."""
+    def _left(self) -> int:
+        """Bytes of experts that no sequence of the batch takes, on average over the tokens: what their routers really choose."""
+        from upcycle.modeling import StackedExperts
+
+        experts = [module for module in self.model.modules() if isinstance(module, StackedExperts)]
         if not experts:
             return 0
         counts: list[int] = []
@@ -76,25 +76,28 @@ class DecodeSide:
         def count(_module: Any, inputs: tuple) -> None:
             counts.append(len(self.torch.unique(inputs[1])))
 
-        hooks = [module.register_forward_pre_hook(count) for module in experts]
-        with self.torch.no_grad():
-            out = self.model(self.prompt, use_cache=True)
-            counts.clear()
-            for _ in range(self.config["tokens"]):
-                ids = out.logits[:, -1:].argmax(-1)
-                out = self.model(ids, past_key_values=out.past_key_values, use_cache=True)
+        hooks: list[Any] = [module.register_forward_pre_hook(count) for module in experts]
+        self._decode()
         for hook in hooks:
             hook.remove()
-        stacked = sum(p.numel() * p.element_size() for module in experts for p in module.parameters())
+        del counts[: len(experts)]  # those of the prompt
+        stacked = sum(_bytes(parameter) for module in experts for parameter in module.parameters())
         share = sum(counts) / len(counts) / experts[0].num_experts
         return round(stacked * (1 - share))
 
     def measure(self) -> dict[str, Any]:
         from evals.benchmarks.models import cache_tensors
 
-        seconds, cache, read = self._decode()
-        cached = sum(tensor.numel() * tensor.element_size() for tensor in cache_tensors(cache))
-        return {"seconds": median(seconds[2:]), "cache_bytes": cached, "weight_bytes": read}
+        seconds, cache = self._decode()
+        return {
+            "seconds": median(seconds[2:]),
+            "cache_bytes": sum(map(_bytes, cache_tensors(cache))),
+            "weight_bytes": self.read,
+        }
+
+
+def _bytes(tensor: Any) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def shared_kv(bench: Bench) -> Iterator[Row]:

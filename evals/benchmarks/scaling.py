@@ -18,7 +18,7 @@ from evals.benchmarks.shapes import EXPERTS, QUICK, SMALL, TOP_K, Size
 from evals.benchmarks.sides import Bench, SideFailed
 from evals.benchmarks.training import config_of
 
-WIDEST = {"experts": (2, 4, 8, 16), "top_k": (1, 2, 4, 8), "length": (128, 256, 512, 1024), "layers": (2, 4, 8, 16)}
+WIDEST = {"experts": (2, 4, 8, 16), "top_k": (2, 4, 8), "length": (128, 256, 512, 1024), "layers": (2, 4, 8, 16)}
 UNIT = "exponent"
 
 
@@ -80,7 +80,7 @@ def _changed(size: Size, over: str, value: int) -> tuple[Size, dict[str, Any]]:
     elif over == "experts":
         experts = value
     else:
-        experts, top_k = max(EXPERTS, value), value
+        experts, top_k = max(WIDEST["top_k"]), value
     return size, {"experts": experts, "top_k": top_k}
 
 

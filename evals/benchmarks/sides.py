@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 # What would give a side another allocator or other threads than a user has who sets nothing.
 SET_BY_HAND = ("MALLOC_", "LD_PRELOAD", "OMP_", "MKL_", "KMP_", "GOMP_", "GLIBC_TUNABLES", "TOKENIZERS_PARALLELISM")
 LAST_WORDS = 300  # characters of a failed side's error output
+FRESH_ROUNDS = 3
 
 
 class SideFailed(RuntimeError):
@@ -39,6 +40,10 @@ class Bench:
     threads: int | None = None
     say: Callable[[str], None] = lambda text: None
     known: dict[str, Any] = field(default_factory=dict)  # what was measured once and is asked for again
+
+    def rounds_of(self, held: bool) -> int:
+        """Fewer where every turn has to set its side up anew."""
+        return self.rounds if held else min(self.rounds, FRESH_ROUNDS)
 
     def side(self, function: str, config: Mapping[str, Any], keeps_freed_memory: bool = False) -> Side:
         """function: `module:name` below evals.benchmarks. keeps_freed_memory: with the allocator setting of `upcycle`."""

@@ -15,6 +15,7 @@ from evals.benchmarks.sides import Bench, Rounds, Side, SideFailed, alternate
 UNIT = "tokens/s"
 IMPLEMENTATIONS = ("grouped_mm", "eager")  # batched_mm copies every token's expert: 11 GB for the small model's batch
 STEPS = {True: 5, False: 2}  # timed in a round, of a model that stays in memory, or not
+COMPILING = {"compile": True, "warm_up": 3}  # steps in which torch compiles, and finds what it has to compile again
 
 
 def tokens_of(bench: Bench, size: Size) -> Path:
@@ -76,7 +77,7 @@ def btx(bench: Bench) -> Iterator[Row]:
             },
             "dense": in_our_loop(bench, size, sizes=size.wider(feed_forward=TOP_K)),
         }
-        found = alternate(sides, bench.rounds, size.held)
+        found = alternate(sides, bench.rounds_of(size.held), size.held)
         yield from _btx_rows(bench, size, found)
 
 
@@ -116,9 +117,9 @@ def btx_compiled(bench: Bench) -> Iterator[Row]:
     size = sizes(bench.quick)[0]
     mixture: dict[str, Any] = {"method": "btx", "top_k": TOP_K}
     sides = {
-        "ours": in_our_loop(bench, size, **mixture, compile=True),
+        "ours": in_our_loop(bench, size, **mixture, **COMPILING),
         "plain": in_our_loop(bench, size, **mixture),
-        "dense": in_our_loop(bench, size, sizes=size.wider(feed_forward=TOP_K), compile=True),
+        "dense": in_our_loop(bench, size, sizes=size.wider(feed_forward=TOP_K), **COMPILING),
     }
     found = alternate(sides, bench.rounds)
     equal = _equal_active(found, "ours", "dense")
@@ -140,7 +141,7 @@ def bam(bench: Bench) -> Iterator[Row]:
             "ours": in_our_loop(bench, size, method="bam"),
             "dense": in_our_loop(bench, size, sizes=size.wider(heads=EXPERTS)),
         }
-        found = alternate(sides, bench.rounds, size.held)
+        found = alternate(sides, bench.rounds_of(size.held), size.held)
         yield row_of(bench, "train_bam_dense", size.name, found, "ours", "dense", _equal_active(found, "ours", "dense"))
 
 
@@ -169,7 +170,7 @@ def bam_parallel(bench: Bench) -> Iterator[Row]:
     sides = {
         name: in_our_loop(bench, neox(size, name == "parallel"), method="bam") for name in ("parallel", "sequential")
     }
-    found = alternate(sides, bench.rounds, size.held)
+    found = alternate(sides, bench.rounds_of(size.held), size.held)
 
     def equal() -> None:
         one, other = (found.ready[name]["parameters"] for name in sides)
@@ -182,7 +183,7 @@ def bam_parallel(bench: Bench) -> Iterator[Row]:
 def dense_peak(bench: Bench) -> Iterator[Row]:
     """A dense branch's training against matrix products alone."""
     size, name, unit = largest(bench.quick), "train_dense_peak", "FLOP/s"
-    found = alternate({"dense": in_our_loop(bench, size)}, bench.rounds, size.held)
+    found = alternate({"dense": in_our_loop(bench, size)}, bench.rounds_of(size.held), size.held)
     try:
         rates, peaks = found.pair("dense", "dense", "tokens_per_second")[0], found.of("dense", "peak")
         checks.as_planned(found.ready["dense"])

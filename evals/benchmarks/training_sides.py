@@ -45,7 +45,7 @@ def batches(config: Mapping[str, Any]) -> Batches:
 
 
 class _Training:
-    """Steps of a training, timed. `steps` of them a measurement, after one (the first time two) that is left out."""
+    """Steps of a training, timed: `steps` of them a measurement, after one that is left out, or `warm_up` the first time."""
 
     def __init__(self, config: Mapping[str, Any], model: Any):
         self.config, self.model, self.done = config, model, 0
@@ -61,9 +61,10 @@ class _Training:
         raise NotImplementedError
 
     def measure(self) -> dict[str, Any]:
-        first = [self.step()] if not self.done else []
+        warm_up = 1 if self.done else self.config.get("warm_up", 1)
+        losses = [self.step() for _ in range(warm_up)]
+        first = [] if self.done else losses[:1]
         self.done += 1
-        self.step()
         seconds = []
         for _ in range(self.config["steps"]):
             start = time.perf_counter()
