@@ -1,13 +1,18 @@
 """The benchmark table: its arithmetic, its JSON, what becomes of a peer that fails; and cheap benchmarks in tiny sizes."""
 
+import itertools
 import json
 import subprocess
 import sys
+from importlib import import_module
+from pathlib import Path
 
 import pytest
+import torch
 
 import evals.speed
-from evals.benchmarks import assembly, checks, scaling, shapes
+import upcycle.losses
+from evals.benchmarks import assembly, checks, decoding, memory, scaling, shapes, training
 from evals.benchmarks.rows import AT_MOST, TARGETS, Row, compared, lines, unscored
 from evals.benchmarks.sides import Bench, Side, SideFailed, alternate, environment
 from evals.performance_page import PAGE, markdown, record, write_page
@@ -289,13 +294,99 @@ def test_tokenizing_is_compared_with_the_tokenizer(tmp_path):
     assert row.problem == "" and row.ratio > 0 and row.unit == "bytes/s"
 
 
+class Here(Side):
+    """A side in this process: what it measures says nothing, but that it measures."""
+
+    def __init__(self, function, config):
+        self.function, self.config, self.made = function, json.loads(json.dumps(config)), None
+
+    def ready(self):
+        if self.made is None:
+            module, name = self.function.split(":")
+            self.made = getattr(import_module(f"evals.benchmarks.{module}"), name)(self.config)
+        return json.loads(json.dumps(getattr(self.made, "about", self.made)))
+
+    def ask(self, what):
+        self.ready()
+        return json.loads(json.dumps(getattr(self.made, what)()))
+
+    def close(self):
+        self.made = None
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    monkeypatch.setattr(Bench, "side", lambda self, function, config, keeps_freed_memory=False: Here(function, config))
+    monkeypatch.setattr(upcycle.losses, "FULL_LOGITS_BYTES", upcycle.losses.FULL_LOGITS_BYTES)  # a side changes it
+    return Bench(tmp_path, quick=True, rounds=2, known={"limits": {"matmul": 1e11, "memory": 1e10}})
+
+
+ROWS = {
+    "btx": ["train_btx_default", "train_btx_tuned", "train_btx_dense"],
+    "bam": ["train_bam_dense"],
+    "bam_parallel": ["train_bam_parallel"],
+    "attention_forms": ["bam_attention_matmul", "bam_attention_blocks"],
+    "dense_peak": ["train_dense_peak"],
+    "logits": ["memory_logits", "memory_logits_checkpointed"],
+    "shared_kv": ["decode_bam_shared_kv"] * 2,
+    "against_cp": ["assembly_cp", "ties_cp"],
+    "scaling_training": ["scaling_step", "scaling_memory"] * 4,
+    "scaling_assembly": ["scaling_assembly"] * 2,
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_benchmark_runs_and_its_checks_hold(bench, name, monkeypatch):
+    monkeypatch.setattr(memory, "_status", lambda field: next(growing))  # of one process after the other
+    growing = itertools.count(2**20, 2**20)
+    rows = list(evals.speed.chosen([name])[name](bench))
+    assert [row.name for row in rows] == ROWS[name]
+    for row in rows:
+        assert not row.problem and (row.ratio > 0 if row.unit != "exponent" else row.peer is not None), row
+
+
+def test_a_mixture_that_is_not_the_peers_is_not_scored(bench, monkeypatch):
+    """The peer's weights are changed after the export."""
+    from evals.benchmarks import models
+    from upcycle.checkpoint import overwrite_tensors
+
+    write = models.write_btx
+
+    def write_another(config):
+        made = write(config)
+        name = "model.layers.0.input_layernorm.weight"
+        overwrite_tensors(Path(config["folder"]) / "native", {name: torch.full((32,), 2.0)})
+        return made
+
+    monkeypatch.setattr(models, "write_btx", write_another)
+    default, tuned, dense = evals.speed.chosen(["btx"])["btx"](bench)
+    assert "its logits differ from ours" in default.problem and "its logits differ from ours" in tuned.problem
+    assert default.met is tuned.met is None and dense.ratio > 0
+
+
+def test_a_cache_that_is_not_the_seeds_is_not_scored(bench, monkeypatch):
+    monkeypatch.setattr(decoding, "METHOD", "bam")
+    for row in evals.speed.chosen(["shared_kv"])["shared_kv"](bench):
+        assert row.met is None and "the mixture's cache has" in row.problem
+
+
+def test_a_profile_names_operators(bench):
+    found = training.profiles(bench)
+    assert len(found) == 3 and all(one["operators"][0][1] > 0.01 for one in found.values())
+    assert any(name.startswith("BTX") for name in found)
+
+
 @pytest.mark.slow
-def test_the_command_runs_groups_in_tiny_sizes(tmp_path):
-    command = [sys.executable, "-m", "evals.speed", "shared_kv", "bam", "ties_mergekit", "--quick", "--threads", "1"]
+def test_the_command_holds_a_merge_against_mergekits(tmp_path):
+    command = [sys.executable, "-m", "evals.speed", "ties_mergekit", "--quick", "--threads", "1"]
     done = subprocess.run([*command, "--json", str(tmp_path / "rows.json")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [row["name"] for row in rows] == ["decode_bam_shared_kv"] * 2 + ["train_bam_dense", "ties_mergekit"]
-    for row in rows:
-        assert row["ratio"] > 0 and not row["problem"] and row["quick"]
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert row["name"] == "ties_mergekit" and row["ratio"] > 0 and row["quick"]
     assert "mean nothing" in done.stdout
+
+
+@pytest.mark.slow
+def test_two_ranks_train_what_one_process_trains(tmp_path):
+    (row,) = evals.speed.chosen(["ddp"])["ddp"](Bench(tmp_path, quick=True, rounds=1))
+    assert not row.problem and row.ratio > 0
