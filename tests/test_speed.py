@@ -325,7 +325,7 @@ ROWS = {
     "btx": ["train_btx_default", "train_btx_tuned", "train_btx_dense"],
     "bam": ["train_bam_dense"],
     "bam_parallel": ["train_bam_parallel"],
-    "attention_forms": ["bam_attention_matmul", "bam_attention_blocks"],
+    "attention_forms": [f"bam_attention_{form}" for form in ("matmul", "blocks", "blocks_own_backward")],
     "dense_peak": ["train_dense_peak"],
     "logits": ["memory_logits", "memory_logits_checkpointed"],
     "shared_kv": ["decode_bam_shared_kv"] * 2,
@@ -368,6 +368,17 @@ def test_a_cache_that_is_not_the_seeds_is_not_scored(bench, monkeypatch):
     monkeypatch.setattr(decoding, "METHOD", "bam")
     for row in evals.speed.chosen(["shared_kv"])["shared_kv"](bench):
         assert row.met is None and "the mixture's cache has" in row.problem
+
+
+def test_a_form_that_is_not_attention_is_not_scored(bench, monkeypatch):
+    from evals.benchmarks import attention_forms
+
+    def uncausal(query, key, value):
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value)
+
+    monkeypatch.setitem(attention_forms.FORMS, "blocks", uncausal)
+    with pytest.raises(ValueError, match="blocks is not exact attention"):
+        list(evals.speed.chosen(["attention_forms"])["attention_forms"](bench))
 
 
 def test_a_profile_names_operators(bench):

@@ -151,12 +151,12 @@ def attention_forms(bench: Bench) -> Iterator[Row]:
         heads = EXPERTS * size.seed["num_attention_heads"]
         head_size = size.seed["hidden_size"] // size.seed["num_attention_heads"]
         config = {"shape": [size.sequences, heads, size.length, head_size], "steps": 1 if bench.quick else 5}
-        side = bench.side("training_sides:AttentionForms", config, keeps_freed_memory=True)
+        side = bench.side("attention_forms:AttentionForms", config, keeps_freed_memory=True)
         found = alternate({"all": side}, bench.rounds)
         for form in found.ready.get("all", {"forms": ["other forms"]})["forms"]:
             if form == "sdpa":
                 continue
-            name = f"bam_attention_{form.replace(' ', '_')}"
+            name = f"bam_attention_{form}"
             try:
                 pair = found.of("all", form), found.of("all", "sdpa")
                 yield compared(name, size.name, *pair, "s", less_is_better=True, note="against SDPA")
