@@ -53,8 +53,8 @@ def chosen(names: Sequence[str]) -> dict[str, Benchmark]:
     return found
 
 
-def run(benchmarks: Mapping[str, Benchmark], bench: Bench) -> list[Row]:
-    """All rows, each said as soon as it is there."""
+def run(benchmarks: Mapping[str, Benchmark], bench: Bench, keep: Callable[[list[Row]], None]) -> list[Row]:
+    """All rows, each said as soon as it is there. keep: called with all so far after every benchmark: a run takes long."""
     rows: list[Row] = []
     for name, benchmark in benchmarks.items():
         bench.say(f"{name} ...")
@@ -62,6 +62,7 @@ def run(benchmarks: Mapping[str, Benchmark], bench: Bench) -> list[Row]:
             rows.append(row)
             cells = list(lines([row]))
             bench.say(", ".join(f"{title} {cell}" for title, cell in zip(*cells, strict=True) if cell))
+        keep(rows)
     return rows
 
 
@@ -93,6 +94,11 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     return asked
 
 
+def write_json(asked: argparse.Namespace, rows: Sequence[Row]) -> None:
+    if asked.json:
+        asked.json.write_text(json.dumps([row.to_dict() | {"quick": asked.quick} for row in rows], indent=1) + "\n")
+
+
 def main(given: Sequence[str] | None = None) -> int:
     """0; 1 if something could not be compared, 2 for an unknown name. A ratio that is not reached is no error."""
     asked, console, said = arguments(given), Console(width=200), Console(stderr=True)
@@ -106,13 +112,11 @@ def main(given: Sequence[str] | None = None) -> int:
             Path(folder), asked.quick, 1 if asked.quick else asked.rounds, asked.threads,
             say=lambda text: said.print(text, highlight=False, markup=False, soft_wrap=True),
         )  # fmt: skip
-        rows = run(benchmarks, bench)
+        rows = run(benchmarks, bench, lambda rows: write_json(asked, rows))
         profiles = training.profiles(bench) if asked.page else {}
         if curves := bench.known.get("curves"):
             bench.say(f"figures: {', '.join(map(str, scaling.draw(curves, asked.figures)))}")
         console.print(printed(rows, QUICK if asked.quick else "ours against its peers"))
-        if asked.json:
-            asked.json.write_text(json.dumps([row.to_dict() | {"quick": asked.quick} for row in rows], indent=1) + "\n")
         if asked.page:
             from evals.performance_page import PAGE, record, write_page
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from statistics import median
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class AttentionForms:
                 seconds.append(time.perf_counter() - start)
                 for tensor in self.inputs:
                     tensor.grad = None
-            found[name] = sorted(seconds[1:])[self.repeats // 2]
+            found[name] = median(seconds[1:])
         return found
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -44,7 +46,7 @@ def batches(config: Mapping[str, Any]) -> Batches:
     )
 
 
-class _Training:
+class _Training(ABC):
     """Steps of a training, timed: `steps` of them a measurement, after one that is left out, or `warm_up` the first time."""
 
     def __init__(self, config: Mapping[str, Any], model: Any):
@@ -56,9 +58,9 @@ class _Training:
             for layer in decoder_layers(model):
                 layer.compile()
 
+    @abstractmethod
     def step(self) -> float:
         """One optimizer step; its cross-entropy in nats a token."""
-        raise NotImplementedError
 
     def measure(self) -> dict[str, Any]:
         warm_up = 1 if self.done else self.config.get("warm_up", 1)
@@ -70,7 +72,7 @@ class _Training:
             start = time.perf_counter()
             self.step()
             seconds.append(time.perf_counter() - start)
-        middle = sorted(seconds)[len(seconds) // 2]
+        middle = median(seconds)
         tokens = self.config["sequences"] * self.config["length"]
         peak = matmul_peak_flops.__wrapped__("bf16")  # now, not as remembered
         return {"seconds": middle, "tokens_per_second": tokens / middle, "peak": peak, "first_loss": first}
