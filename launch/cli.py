@@ -15,9 +15,9 @@ upcycle stage=branch/code      one stage only
 upcycle tokens=50M             that many for branches and mixture together; budget=2h: as many as that time is enough for
 upcycle -m key=a,b ...         a sweep; runs share every artifact they can (docs/cluster.md); hydra/launcher=processes: side by side
 upcycle sweep NAME             write and print a sweep's table again, of what is done by now
-upcycle status [RUN ...]       the runs here and how far they are; of one run every stage, and its job
+upcycle status [NAME ...]      the runs here and how far they are; of one run every stage, and its job; of a sweep every point
 upcycle launch=slurm ...       submit what is missing as jobs of Slurm and return; dry_run=true prints the scripts (docs/cluster.md)
-upcycle cancel RUN             take its jobs out of Slurm's queue
+upcycle cancel NAME            take a run's or sweep's jobs out of Slurm's queue, but for those that other runs need
 upcycle explain DIR            what each tensor of a mixture came from, its routers, its size; how a merged model was merged; --all, --json
 upcycle doctor DIR|RUN         what is wrong with a mixture, in training too, and what to do about it; --json, --prove
 upcycle prune                  artifacts that no run here refers to, with their sizes; --yes removes them

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
-from launch.scheduler import queue, slurm, submitted_stages
+from launch.scheduler import queue
+from launch.sharing import submitted_stages
 from upcycle.store import FAILED, RECORD, TIMING
 
 TAIL_BYTES = 65_536  # of metrics.jsonl: more than two rows
@@ -29,41 +31,59 @@ def progress(partial: Path, steps: int, batch_tokens: int) -> str:
     return f"{row['step']}/{steps}  loss {row['loss']:.3f}  {row['tokens_per_second']:,.0f} tok/s  {left:.0f} s left"
 
 
-def stage_states(run: Path, manifest: Mapping[str, str], store: Path) -> list[tuple[str, str, str]]:
-    """Of each stage its name, its job (empty where Slurm has not seen it) and what became of it so far.
+class StageState(NamedTuple):
+    """What became of a stage so far. job: empty where Slurm has not seen it; state: `done`, `running`, `pending`, `failed`, `cancelled` or
+    `missing` (no job was to make it); word, more: the same as one reads it, and how far it is or why it ended."""
+
+    stage: str
+    job: str
+    state: str
+    word: str
+    more: str = ""
+
+    @property
+    def said(self) -> str:
+        return f"{self.word}  {self.more}".rstrip()
+
+
+def stage_states(
+    run: Path, manifest: Mapping[str, str], store: Path, queued: Mapping[str, tuple[str, str, str]] | None = None
+) -> list[StageState]:
+    """Of each stage how far it is. queued: the jobs in the queue, as `queue` tells them; None asks Slurm.
 
     Raises RuntimeError: Slurm does not answer.
     """
     jobs = submitted_stages(run)
     done = {stage for stage, artifact in manifest.items() if (store / artifact / RECORD).is_file()}
-    queued = queue(entry["job"] for stage, entry in jobs.items() if stage not in done)
+    if queued is None:
+        queued = queue(entry["job"] for stage, entry in jobs.items() if stage not in done)
     rows = []
     for stage, artifact in manifest.items():
         entry, place = jobs.get(stage, {}), store / artifact
         job = entry.get("job", "")
         if stage in done:
             seconds = json.loads((place / TIMING).read_text())["seconds"]
-            said = f"done  {seconds:.1f} s"
+            found = "done", "done", f"{seconds:.1f} s"
         elif job in queued:
-            said = _queued(*queued[job], place, entry)
+            found = _queued(*queued[job], place, entry)
         else:
-            said = _unfinished(run, stage, place, entry, _cause(stage, jobs, done))
-        rows.append((stage, job, said))
+            found = _unfinished(run, stage, place, entry, _cause(stage, jobs, manifest.keys() - done))
+        rows.append(StageState(stage, job, *found))
     return rows
 
 
-def _cause(stage: str, jobs: Mapping[str, Mapping], done: Collection[str]) -> str:
-    """The first stage behind this one that is not done and lacks nothing itself; this one, if it lacks nothing."""
-    lacking = [one for one in jobs.get(stage, {}).get("after", ()) if one not in done]
-    return _cause(lacking[0], jobs, done) if lacking else stage
+def _cause(stage: str, jobs: Mapping[str, Mapping], missing: Collection[str]) -> str:
+    """The first stage behind this one that is missing and lacks nothing itself; this one, if it lacks nothing."""
+    lacking = [one for one in jobs.get(stage, {}).get("after", ()) if one in missing]
+    return _cause(lacking[0], jobs, missing) if lacking else stage
 
 
-def _queued(state: str, left: str, reason: str, place: Path, entry: Mapping) -> str:
+def _queued(state: str, left: str, reason: str, place: Path, entry: Mapping) -> tuple[str, str, str]:
     """A job's state in lower case, why it waits or how far it is, and how long Slurm lets it run."""
     if state == "PENDING":
-        return f"pending  {reason}"
-    how_far = f"  {_steps(place, entry)}" if "steps" in entry else ""
-    return f"{state.lower()}{how_far}  time limit in {left}"
+        return "pending", "pending", reason
+    how_far = f"{_steps(place, entry)}  " if "steps" in entry else ""
+    return "running", state.lower(), f"{how_far}time limit in {left}"
 
 
 def _steps(place: Path, entry: Mapping) -> str:
@@ -74,18 +94,22 @@ def _partial(place: Path) -> Path:
     return place.with_name(place.name + ".partial")
 
 
-def _unfinished(run: Path, stage: str, place: Path, entry: Mapping, cause: str) -> str:
+def _unfinished(run: Path, stage: str, place: Path, entry: Mapping, cause: str) -> tuple[str, str, str]:
     """Of a stage that no job will make: why its last attempt ended, if there was one. cause: see `_cause`."""
     partial = _partial(place)
-    how_far = f"  {_steps(place, entry)}" if "steps" in entry and (partial / "metrics.jsonl").is_file() else ""
+    how_far = f"{_steps(place, entry)}  " if "steps" in entry and (partial / "metrics.jsonl").is_file() else ""
+    if entry.get("cancelled"):
+        return "cancelled", "cancelled", how_far
     if (partial / FAILED).is_file():
-        return f"FAILED{how_far}  {json.loads((partial / FAILED).read_text())['error']}"
+        return "failed", "FAILED", f"{how_far}{json.loads((partial / FAILED).read_text())['error']}"
     if not entry:
-        return f"{'partial' if partial.is_dir() else 'missing'}{how_far}"
-    logs = list((run / "slurm" / "logs").glob(f"*-{entry['job']}.log"))
+        return "missing", "partial" if partial.is_dir() else "missing", how_far
+    logs = list((Path(entry.get("shared", run)) / "slurm" / "logs").glob(f"*-{entry['job']}.log"))
     if logs:
-        return f"ended without finishing it{how_far}  {last_line(logs[0])}"
-    return f"not started: {'cancelled' if cause == stage else f'{cause} did not finish'}"
+        return "failed", "ended without finishing it", f"{how_far}{last_line(logs[0])}"
+    if cause != stage:
+        return "failed", f"not started: {cause} did not finish", ""
+    return "cancelled", "not started: cancelled", f"(a job of {entry['shared']})" if "shared" in entry else ""
 
 
 def last_line(log: Path) -> str:
@@ -93,11 +117,3 @@ def last_line(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     ours = [line for line in lines if line.startswith("upcycle:")]
     return (ours or lines or ["it said nothing"])[-1].removeprefix("upcycle: ")
-
-
-def cancel(run: Path) -> list[str]:
-    """Take a run's own jobs out of Slurm's queue, running ones too; which they were. Raises RuntimeError: Slurm does not answer."""
-    queued = queue(entry["job"] for entry in submitted_stages(run).values() if not entry.get("shared"))
-    if queued:
-        slurm("scancel", *queued)
-    return list(queued)

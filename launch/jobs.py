@@ -8,22 +8,18 @@ from __future__ import annotations
 
 import re
 import shlex
-import shutil
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from launch.overrides import TAKES_A_VALUE
 from launch.running import SlurmConfig
-from upcycle.store import COMMIT, Artifact, commit
+from upcycle.store import Artifact
 
-ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = Path(__file__).resolve().parent / "slurm" / "job.sh"
-PACKAGES = ("upcycle", "launch", "evals", "conf", "hydra_plugins")
 INSIDE = "UPCYCLE_JOB"  # in a job's environment: host:port of its first node
+TABLE = "table"  # what the job that writes a sweep's table is called
 DATA = ("documents", "tokenizer", "tokens", "questions")  # stages without a model, short: one job for all
 
 
@@ -101,18 +97,41 @@ def script(job: Job, launch: SlurmConfig, settings: Sequence[str], run: Path, co
     stages = [",".join(stage.name for stage in job.stages)] if job.kind == "data" else [one.name for one in job.stages]
     if len(job.stages) > 1 and job.kind == "data":
         stages = [f"[{stages[0]}]"]
-    filled = {
-        "options": "\n".join(f"#SBATCH {option}" for option in _options(job, own, run)),
+    together = all(stage.together for stage in job.stages)
+    return _filled(own, {
+        "options": _options(job.name, own, run, together, len(job.stages) if job.array else 0),
         "what": ", ".join(stage.name for stage in job.stages),
-        "setup": "\n".join(own.setup),
-        "code": shlex.quote(str(code)),
-        "here": shlex.quote(str(Path.cwd())),
         "stages": " ".join(map(shlex.quote, stages)),
+        "command": f'{shlex.quote(sys.executable)} -m launch.pipeline {shlex.join(settings)} "stage=$stage"',
+        "code": shlex.quote(str(code)),
+        "run": shlex.quote(str(run.absolute())),
+    })  # fmt: skip
+
+
+def table_script(sweep: Path, launch: SlurmConfig, code: Path) -> str:
+    """The text of the job that writes a sweep's table. It is as jobs of the kind `report`. sweep: its directory.
+
+    Raises ValueError: see `script`.
+    """
+    own = launch.of("report")
+    return _filled(own, {
+        "options": _options(TABLE, own, sweep, False, 0),
+        "what": f"the table of the sweep {sweep.name}",
+        "stages": TABLE,
+        "command": shlex.join([sys.executable, "-m", "launch.cli", "sweep", str(sweep.absolute())]),
+        "code": shlex.quote(str(code)),
+        "run": shlex.quote(str(sweep.absolute())),
+    })  # fmt: skip
+
+
+def _filled(own: SlurmConfig, places: Mapping[str, str]) -> str:
+    """The template with everything filled in. own: the settings of this kind of job."""
+    filled = {
+        **places,
+        "setup": "\n".join(own.setup),
+        "here": shlex.quote(str(Path.cwd())),
         "patience": str(own.stop_seconds // 2),
         "restarts": str(own.restarts),
-        "run": shlex.quote(str(run.absolute())),
-        "python": shlex.quote(sys.executable),
-        "settings": shlex.join(settings),
     }
     template = Path(own.template).expanduser() if own.template else TEMPLATE
     if not template.is_file():
@@ -123,12 +142,12 @@ def script(job: Job, launch: SlurmConfig, settings: Sequence[str], run: Path, co
     return re.sub(r"\{\{(.*?)\}\}", lambda found: filled[found[1]], text)
 
 
-def _options(job: Job, own: SlurmConfig, run: Path) -> list[str]:
-    """Options of sbatch. A stage that no group makes gets one node."""
-    together = own.config is not None and all(stage.together for stage in job.stages)
-    log = run.absolute() / "slurm" / "logs" / f"{job.name}-{'%A_%a' if job.array else '%j'}.log"
+def _options(name: str, own: SlurmConfig, run: Path, together: bool, tasks: int) -> str:
+    """Lines of options of sbatch. together: a group of processes makes it, if there is to be one; others get one node. tasks: of an array, or 0."""
+    together = own.config is not None and together
+    log = run.absolute() / "slurm" / "logs" / f"{name}-{'%A_%a' if tasks else '%j'}.log"
     given = {
-        "job-name": f"{run.name}:{job.name}",
+        "job-name": f"{run.name}:{name}",
         "output": f'"{str(log.parent).replace("%", "%%")}/{log.name}"',
         "nodes": own.nodes if together else 1,
         "ntasks-per-node": 1,
@@ -142,34 +161,8 @@ def _options(job: Job, own: SlurmConfig, run: Path) -> list[str]:
         "constraint": own.constraint,
         "signal": f"B:USR1@{own.stop_seconds}",
     }
-    if job.array:
-        given["array"] = f"0-{len(job.stages) - 1}" + (f"%{own.parallel}" if own.parallel else "")
+    if tasks:
+        given["array"] = f"0-{tasks - 1}" + (f"%{own.parallel}" if own.parallel else "")
     options = [f"--{name}={value}" for name, value in given.items() if value is not None]
-    return [*options, "--requeue", "--open-mode=append", "--kill-on-invalid-dep=yes", *own.options]
-
-
-def keep_code(run: Path, settings: Sequence[str]) -> tuple[Path, list[str]]:
-    """Copy the package, and settings files of the user's, beside the run; its place, and the settings that read the copy.
-
-    The copy is named by the moment: jobs that are still queued keep theirs.
-    """
-    code = run.absolute() / "slurm" / f"code-{time.strftime('%Y%m%d-%H%M%S')}"
-    for package in PACKAGES:
-        shutil.copytree(
-            ROOT / package, code / package, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True
-        )
-    (code / COMMIT).write_text(commit())
-    kept, before = [], ""
-    for word in settings:
-        name, _, value = word.partition("=")
-        if name in ("--config-dir", "-cd") and value:
-            word = f"{name}={_copied(Path(value), code)}"
-        elif before in ("--config-dir", "-cd"):
-            word = str(_copied(Path(word), code))
-        kept.append(word)
-        before = word if word in TAKES_A_VALUE else ""
-    return code, kept
-
-
-def _copied(directory: Path, code: Path) -> Path:
-    return Path(shutil.copytree(directory, code / "own_conf", dirs_exist_ok=True))
+    options += ["--requeue", "--open-mode=append", "--kill-on-invalid-dep=yes", *own.options]
+    return "\n".join(f"#SBATCH {option}" for option in options)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from launch.jobs import Job
+from launch.sharing import JOBS, count_on, length_of, needed_elsewhere, note_job, noted_jobs, submitted_stages
 from upcycle.durable import write_json
 from upcycle.store import Artifact
 
-JOBS = "slurm/jobs.json"  # in the run's directory
 ALIVE = (
     "PENDING",
     "CONFIGURING",
@@ -28,67 +27,82 @@ ALIVE = (
 NEVER = "DependencyNeverSatisfied"
 
 
-def submit(jobs: Sequence[Job], scripts: Sequence[str], run: Path, queued: dict[str, str]) -> dict[str, str]:
+def submit(
+    jobs: Sequence[Job], scripts: Sequence[str], run: Path, queued: Mapping[str, str], waited: Sequence[Artifact] = ()
+) -> dict[str, str]:
     """Hand the jobs to Slurm, each after those that it needs; each stage's job, which is kept in the run's directory too.
 
-    queued: the jobs of stages that are in the queue already. Raises RuntimeError: sbatch refused one; those before it are taken back.
+    queued: the jobs of stages that are in the queue already; waited: these stages. Raises RuntimeError: sbatch refused one; those before it are
+    taken back.
     """
     found: dict[str, str] = {}
-    before, record = submitted_stages(run), submitted_stages(run)
-    shared = {
-        stage: job for stage, job in queued.items() if record.get(stage, {}).get("job") != job
-    }  # not this run's own
-    record |= {stage: {"job": job, "shared": True} for stage, job in shared.items()}
+    before = submitted_stages(run)
     (run / "slurm" / "logs").mkdir(parents=True, exist_ok=True)
+    record = before | count_on(waited, queued, run)
+    write_json(run / JOBS, record, sort_keys=False)
     for job, text in zip(jobs, scripts, strict=True):
-        needed = dict.fromkeys((queued | found)[name] for name in job.after)
-        dependency = [f"--dependency=afterok:{':'.join(needed)}"] if needed else []
+        needed = dict.fromkeys(found.get(name) or queued[name] for name in job.after)
         try:
-            number = slurm("sbatch", "--parsable", *dependency, stdin=text).strip().split(";")[0]
+            number = sbatch(text, "afterok", needed)
         except RuntimeError:
             if found:
                 slurm("scancel", *sorted({one.split("_")[0] for one in found.values()}))
-                write_json(run / JOBS, before, sort_keys=False)
+            write_json(run / JOBS, before, sort_keys=False)
             raise
         for index, stage in enumerate(job.stages):
             found[stage.name] = f"{number}_{index}" if job.array else number
-            note = _note(stage)
-            note.parent.mkdir(parents=True, exist_ok=True)
-            write_json(note, {"job": found[stage.name]})
-            record[stage.name] = {"job": found[stage.name], "after": job.after, **_length(stage)}
+            note_job(stage, found[stage.name], run)
+            record[stage.name] = {
+                "job": found[stage.name],
+                "artifact": str(stage.path),
+                "after": job.after,
+                **length_of(stage),
+            }
         write_json(run / JOBS, record, sort_keys=False)  # after each, so that `cancel` knows of it whatever comes next
     return found
 
 
-def _note(stage: Artifact) -> Path:
-    """Where the store keeps which job is to make an artifact, for other runs that need it."""
-    return stage.path.parent / ".jobs" / f"{stage.path.name}.json"
+def sbatch(text: str, kind: str, needed: Iterable[str]) -> str:
+    """Submit a script that waits for the jobs `needed` (kind: afterok, afterany); its job's number. Raises RuntimeError: see `slurm`."""
+    numbers = list(needed)
+    dependency = [f"--dependency={kind}:{':'.join(numbers)}"] if numbers else []
+    return slurm("sbatch", "--parsable", *dependency, stdin=text).strip().split(";")[0]
 
 
 def queued_stages(stages: Iterable[Artifact]) -> dict[str, str]:
     """The jobs in the queue that will make some of `stages`, whichever run submitted them. Raises RuntimeError: Slurm does not answer."""
-    noted = {
-        stage.name: json.loads(note.read_text())["job"]
-        for stage in stages
-        if not stage.finished and (note := _note(stage)).is_file()
-    }
+    noted = noted_jobs(stages)
     waiting = {job for job, (state, _, reason) in queue(noted.values()).items() if state in ALIVE and reason != NEVER}
     return {stage: job for stage, job in noted.items() if job in waiting}
 
 
-def _length(stage: Artifact) -> dict[str, int]:
-    """How many steps a stage trains, of how many tokens."""
-    from launch.plan import train_of
+def cancel(runs: Sequence[Path]) -> tuple[list[str], list[str]]:
+    """Take what runs have in Slurm's queue out of it, running jobs too, but for those that other runs count on: the jobs taken out, those left.
 
-    train = train_of(stage)
-    return {} if train is None else {"steps": train.steps, "batch_tokens": train.batch_tokens}
+    Raises RuntimeError: Slurm does not answer.
+    """
+    records = {run: submitted_stages(run) for run in runs}
+    queued = queue(entry["job"] for record in records.values() for entry in record.values())
+    left: set[str] = set()
+    for record in records.values():
+        left |= _with_needed(
+            {one["job"] for one in record.values() if one["job"] in queued and needed_elsewhere(one, runs)}, record
+        )
+    taken = [job for job in queued if job not in left]
+    if taken:
+        slurm("scancel", *taken)
+    for run, record in records.items():
+        if mine := {stage for stage, entry in record.items() if entry["job"] in queued}:
+            marked = {stage: entry | {"cancelled": True} if stage in mine else entry for stage, entry in record.items()}
+            write_json(run / JOBS, marked, sort_keys=False)
+    return taken, [job for job in queued if job in left]
 
 
-def submitted_stages(run: Path) -> dict[str, dict]:
-    """Of each stage the `job` that makes it (`shared`: another run's), the stages of other jobs that it comes `after` and, of those that train, `steps` and
-    `batch_tokens`; empty for a run that Slurm has not seen."""
-    path = run / JOBS
-    return json.loads(path.read_text()) if path.is_file() else {}
+def _with_needed(jobs: set[str], record: Mapping[str, Mapping]) -> set[str]:
+    """Jobs of a run and all that they wait for."""
+    after = {name for entry in record.values() if entry["job"] in jobs for name in entry.get("after", ())}
+    needed = {record[name]["job"] for name in after if name in record}  # of a shared job, not all that it waits for
+    return jobs if needed <= jobs else _with_needed(jobs | needed, record)
 
 
 def queue(numbers: Iterable[str]) -> dict[str, tuple[str, str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,25 @@ def found_runs(names: list[str]) -> list[Path]:
 
 
 def _found(name: str) -> Path:
-    places = [Path(name)] if Path(name).parts[:1] == RUNS.parts else [Path(name), RUNS / name]
-    for path in places:
+    for path in _places(name):
         if (path / "manifest.json").is_file():
             return path
     have = ", ".join(str(run.relative_to(RUNS)) for run in found_runs([])) or "none"
-    where = " or ".join(str(path) for path in places)
+    where = " or ".join(str(path) for path in _places(name))
     raise ValueError(f"{name}: no run of that name here (no manifest.json in {where}); runs here: {have}")
+
+
+def _places(name: str) -> list[Path]:
+    return [Path(name)] if Path(name).parts[:1] == RUNS.parts else [Path(name), RUNS / name]
+
+
+def is_sweep(place: Path) -> bool:
+    return any(place.glob("*/point.json"))
+
+
+def _sweep(name: str) -> Path | None:
+    """The directory of the sweep that a name means, if there is one."""
+    return next(filter(is_sweep, _places(name)), None)
 
 
 def read_manifest(run: Path) -> dict[str, str]:
@@ -67,19 +80,24 @@ def read_settings(run: Path) -> dict[str, Any]:
 
 def print_status(arguments: list[str]) -> int:
     """One line a run: how many of its stages are done, and the first that is not; of one that cannot be read, why. Of a run that is named alone also
-    a line a stage."""
+    a line a stage; of a sweep that is named a line a point."""
     console, code = Console(), 0
+    if not console.is_terminal:
+        console.width = max(console.width, 200)  # a pipe has no width; a line a stage or point must stay one
     try:
-        runs = found_runs(arguments)
+        places = [_sweep(name) or _found(name) for name in arguments] or found_runs([])
     except ValueError as error:
         return _refused(error)
-    if not runs:
+    if not places:
         console.print("no runs here; `upcycle experiment=tiny` makes one")
-    for run in runs:
+    for place in places:
         try:
-            console.print(f"{run}  {_state(run)}", highlight=False, markup=False, soft_wrap=True)
-            if len(arguments) == 1:
-                _print_stages(run, console)
+            if (place / "manifest.json").is_file():
+                console.print(f"{place}  {_state(place)}", highlight=False, markup=False, soft_wrap=True)
+                if len(arguments) == 1:
+                    _print_stages(place, console)
+            if arguments and is_sweep(place):
+                _print_points(place, console)
         except (ValueError, OSError, RuntimeError) as error:
             code = _refused(error)
     return code
@@ -98,27 +116,52 @@ def _print_stages(run: Path, console: Console) -> None:
     from launch.follow import stage_states
 
     rows = stage_states(run, read_manifest(run), Path(read_settings(run)["artifacts"]))
-    table, submitted = Table.grid(padding=(0, 2)), any(job for _, job, _ in rows)
-    for stage, job, said in rows:
-        table.add_row(f"  {stage}", *([job] if submitted else []), Text(said))
+    table, submitted = Table.grid(padding=(0, 2)), any(row.job for row in rows)
+    for row in rows:
+        table.add_row(f"  {row.stage}", *([row.job] if submitted else []), Text(row.said))
     console.print(table, highlight=False, soft_wrap=True)
 
 
+def _print_points(sweep: Path, console: Console) -> None:
+    from rich.table import Table
+
+    from launch.sweep import point_rows, points_of
+    from launch.sweep_jobs import table_state
+
+    rows = point_rows(points_of(sweep))
+    states = Counter(state for _, _, state, *_ in rows)
+    counts = ", ".join(f"{count} {state}" for state, count in states.items())
+    console.print(f"{sweep}  {len(rows)} points: {counts}", highlight=False, markup=False, soft_wrap=True)
+    table = Table.grid(padding=(0, 2))
+    for number, *others in rows:
+        table.add_row(f"  {number}", *map(Text, others))
+    console.print(table, highlight=False, soft_wrap=True)
+    console.print(f"  table: {table_state(sweep)}", highlight=False, markup=False, soft_wrap=True)
+
+
 def print_cancelled(arguments: list[str]) -> int:
-    """Take the jobs of one run out of Slurm's queue."""
-    from launch.follow import cancel
+    """Take the jobs of one run or sweep out of Slurm's queue."""
+    from launch.scheduler import cancel
+    from launch.sweep import points_of
+    from launch.sweep_jobs import cancel_sweep
 
     try:
         if len(arguments) != 1:
-            raise ValueError(f"cancel: got {' '.join(arguments) or 'nothing'}, expected one run: upcycle cancel RUN")
-        (run,) = found_runs(arguments)
-        taken = cancel(run)
+            raise ValueError(
+                f"cancel: got {' '.join(arguments) or 'nothing'}, expected one run or sweep: upcycle cancel NAME"
+            )
+        (name,) = arguments
+        place = _sweep(name) or _found(name)
+        points = [point.where for point in points_of(place)] if is_sweep(place) else []
+        runs = [place, *points] if (place / "manifest.json").is_file() else points
+        taken, left = cancel_sweep(place, runs) if points else cancel(runs)
     except (ValueError, OSError, RuntimeError) as error:
         return _refused(error)
+    others = f" ({len(left)} that other runs need stay there)" if left else ""
     print(
-        f"{run}: {len(taken)} jobs cancelled; the same command submits what is missing"
+        f"{place}: {len(taken)} jobs cancelled{others}; the same command submits what is missing"
         if taken
-        else f"{run}: no job of it is in the queue"
+        else f"{place}: no job of it is in the queue{others}"
     )
     return 0
 
@@ -132,7 +175,7 @@ def print_sweep(arguments: list[str]) -> int:
             raise ValueError(f"sweep: got {' '.join(arguments) or 'nothing'}, expected one: upcycle sweep NAME")
         named = Path(arguments[0])
         text, failed = write_tables(named if named.is_dir() else RUNS / named)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         return _refused(error)
     print(text)
     return 2 if failed else 0

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from launch.config import Config
+from launch.copies import copies_of, keep_code, keep_files, keep_settings, new_copy, of_copies, own_files
 from launch.group_checks import check_job
-from launch.jobs import INSIDE, Job, keep_code, kind_of, plan_jobs, script
+from launch.jobs import INSIDE, Job, kind_of, plan_jobs, script
 from launch.overrides import own_arguments, quoted
 from launch.running import SlurmConfig
 from launch.scheduler import queued_stages, submit
@@ -42,17 +43,30 @@ def planned_jobs(
         raise ValueError(
             f"launch.kinds.{unknown[0]}: no job of this run is of that kind{nearest(unknown[0], known)} Kinds: {', '.join(sorted(known))}"
         )
-    queued = {} if cfg.dry_run else queued_stages(every)
+    queued = {} if cfg.dry_run else queued_stages(_with_needed(stages))
     if not cfg.dry_run:
         _check_inputs(stages, queued)
-    jobs, settings = plan_jobs(stages, queued), _settings(cfg, out)
+    code, jobs = out.absolute() / "slurm" / "code", plan_jobs(stages, queued)
+    settings = _settings(cfg, out) + of_copies(copies_of(own_files(launch), code))
     for job in jobs:
         check_job(job.stages, launch.within(job.kind, 0, "first:1"))
-        text = script(job, launch, settings, out, out.absolute() / "slurm" / "code")
+        text = script(job, launch, settings, out, code)
         if cfg.dry_run:
             after = f", after {', '.join(job.after)}" if job.after else ""
             print(f"######## {job.name}{after}\n{text}")
     return jobs, queued
+
+
+def _with_needed(stages: Iterable[Artifact]) -> list[Artifact]:
+    """The unfinished ones of `stages`, and the unfinished ones that these need."""
+    found: dict[str, Artifact] = {}
+    waiting = list(stages)
+    while waiting:
+        stage = waiting.pop()
+        if stage.name not in found and not stage.finished:
+            found[stage.name] = stage
+            waiting += stage.parents()
+    return list(found.values())
 
 
 def _check_inputs(stages: Sequence[Artifact], queued: Mapping[str, str]) -> None:
@@ -74,7 +88,7 @@ def _said(out: Path) -> str:
 
 
 def check_submitted(stages: Sequence[Artifact], out: Path) -> None:
-    """Inside a job: are these the artifacts that were submitted. Raises ValueError: a text, a checkpoint or a launch file has changed since."""
+    """Inside a job: are these the artifacts that were submitted. Raises ValueError: a text or a checkpoint has changed since."""
     submitted = read_object(out / "manifest.json", fix="submit the run again")
     for stage in stages:
         if (expected := submitted.get(stage.name)) != stage.path.name:
@@ -92,6 +106,17 @@ def _settings(cfg: Config, out: Path) -> list[str]:
     ]
 
 
+def _scripts(cfg: Config, launch: SlurmConfig, jobs: Sequence[Job], out: Path) -> list[str]:
+    """Copy what the jobs will read; the scripts, which read the copy."""
+    if not jobs:
+        return []
+    code, files = new_copy(out), own_files(launch)
+    keep_code(code)
+    keep_files(files, code)
+    settings = keep_settings(_settings(cfg, out), code) + of_copies(copies_of(files, code))
+    return [script(job, launch, settings, out, code) for job in jobs]
+
+
 def hand_over(
     cfg: Config,
     launch: SlurmConfig,
@@ -102,9 +127,9 @@ def hand_over(
     console: Console,
 ) -> None:
     """Submit the jobs and return at once. Raises RuntimeError: see `scheduler.submit`."""
-    if jobs:
-        code, settings = keep_code(out, _settings(cfg, out))
-        found = submit(jobs, [script(job, launch, settings, out, code) for job in jobs], out, queued)
+    if jobs or queued:
+        waited = [stage for stage in _with_needed(stages) if stage.name in queued]
+        found = submit(jobs, _scripts(cfg, launch, jobs, out), out, queued, waited)
         for job in jobs:
             numbers = found[job.stages[0].name].split("_")[0] + (f"_[0-{len(job.stages) - 1}]" if job.array else "")
             names = ", ".join(one.name for one in job.stages)

@@ -8,15 +8,20 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from launch.follow import stage_states
-from launch.scheduler import JOBS
+from launch.follow import StageState, stage_states
+from launch.scheduler import queue
+from launch.sharing import submitted_stages
+from launch.status import read_manifest, read_settings
+from launch.sweep_jobs import submit_table
 from upcycle.durable import read_object, write_json
 
 POINT = "point.json"
@@ -33,16 +38,27 @@ def note_point(where: Path, overrides: Sequence[str], error: str | None, ended: 
     write_json(where / POINT, {"overrides": list(overrides), "error": error, "ended": ended})
 
 
-def read_points(root: Path) -> list[dict[str, Any]]:
-    """The points under a sweep's directory, by number, as `evals.sweeps.summarise` wants them.
+@dataclass(frozen=True)
+class Point:
+    """A point of a sweep: its directory, the settings that points differ in, and, as far as the command that made or submitted it knows, why it
+    failed and whether it came to its end."""
+
+    where: Path
+    settings: dict[str, str]
+    error: str | None
+    ended: bool
+
+
+def points_of(sweep: Path) -> list[Point]:
+    """The points under a sweep's directory, by number.
 
     Raises ValueError: none are there, or a file is damaged.
     """
-    paths = sorted(
-        (path for path in root.glob(f"*/{POINT}")), key=lambda path: (len(path.parent.name), path.parent.name)
-    )
+    paths = sorted(sweep.glob(f"*/{POINT}"), key=lambda path: (len(path.parent.name), path.parent.name))
     if not paths:
-        raise ValueError(f"{root}: no point of a sweep is there (no {root}/0/{POINT}); `upcycle -m KEY=A,B` makes some")
+        raise ValueError(
+            f"{sweep}: no point of a sweep is there (no {sweep}/0/{POINT}); `upcycle -m KEY=A,B` makes some"
+        )
     notes = [read_object(path, "overrides", "error", "ended", fix="start the sweep again") for path in paths]
     settings = [dict(override.split("=", 1) for override in note["overrides"] if "=" in override) for note in notes]
     keys = [
@@ -50,12 +66,21 @@ def read_points(root: Path) -> list[dict[str, Any]]:
         for key in dict.fromkeys(key for one in settings for key in one)
         if len({one.get(key) for one in settings}) > 1
     ]
-    points = []
-    for path, note, own in zip(paths, notes, settings, strict=True):
-        report, state, error = _how_it_went(path.parent, note)
+    return [
+        Point(path.parent, {key: own[key] for key in keys if key in own}, note["error"], note["ended"])
+        for path, note, own in zip(paths, notes, settings, strict=True)
+    ]
+
+
+def read_points(sweep: Path) -> list[dict[str, Any]]:
+    """The points as `evals.sweeps.summarise` wants them. Raises ValueError: see `points_of`. RuntimeError: Slurm does not answer."""
+    found, points = points_of(sweep), []
+    queued = _queue_of(found)
+    for point in found:
+        report, state, error = _how_it_went(point, queued)
         points.append({
-            "point": path.parent.name,
-            "settings": {key: own[key] for key in keys if key in own},
+            "point": point.where.name,
+            "settings": point.settings,
             "state": state,
             "error": error,
             "report": report,
@@ -63,23 +88,65 @@ def read_points(root: Path) -> list[dict[str, Any]]:
     return points
 
 
-def _how_it_went(where: Path, note: dict[str, Any]) -> tuple[dict | None, str, str | None]:
-    """A point's report, if the run that its manifest names has one, its state, and why it failed. A report.json of an earlier sweep is none."""
-    from launch.status import read_manifest, read_settings
+def _queue_of(points: Sequence[Point]) -> dict[str, tuple[str, str, str]]:
+    """What Slurm's queue has of them; it is asked once."""
+    return queue(entry["job"] for point in points for entry in submitted_stages(point.where).values())
 
-    if note["error"]:
-        return None, "failed", note["error"]
-    if not (where / "manifest.json").is_file():
-        return None, "done" if note["ended"] else "ended without a word", None
-    manifest, store = read_manifest(where), Path(read_settings(where)["artifacts"])
-    report = store / manifest.get("report", "none") / "report.json"
-    if report.is_file():
-        return json.loads(report.read_text()), "done", None
-    if not (where / JOBS).is_file():
-        return None, "done" if note["ended"] else "ended without a word", None
-    rows = stage_states(where, manifest, store)
-    bad = [f"{stage}: {said}" for stage, _, said in rows if said.startswith(("FAILED", "ended", "not started"))]
-    return None, "failed" if bad else "submitted", bad[0] if bad else None
+
+def _how_it_went(point: Point, queued: Mapping[str, tuple[str, str, str]]) -> tuple[dict | None, str, str | None]:
+    """A point's report, if the run that its manifest names has one, its state, and why it failed. A report.json of an earlier sweep is none."""
+    if point.error:
+        return None, "failed", point.error
+    rows, store = _stages(point.where, queued)
+    for row in rows:
+        if row.stage == "report" and row.state == "done":
+            manifest = read_manifest(point.where)
+            return json.loads((store / manifest["report"] / "report.json").read_text()), "done", None
+    states = {row.state for row in rows}
+    if bad := [row for state in ("failed", "cancelled") for row in rows if row.state == state]:
+        return None, "failed", f"{bad[0].stage}: {bad[0].said}"
+    if states & {"running", "pending"}:
+        return None, "submitted", None
+    return None, "done" if point.ended else "ended without a word", None
+
+
+def _stages(run: Path, queued: Mapping[str, tuple[str, str, str]]) -> tuple[list[StageState], Path]:
+    """How far a point's stages are, and where its artifacts are; none for one that was refused before it had a manifest."""
+    if not (run / "manifest.json").is_file():
+        return [], run
+    store = Path(read_settings(run)["artifacts"])
+    return stage_states(run, read_manifest(run), store, queued), store
+
+
+def point_rows(points: Sequence[Point]) -> list[tuple[str, ...]]:
+    """Of each point its number, settings, state, how many of its stages are done, the stage it is in, and how far that is or why it ended.
+
+    Raises RuntimeError: Slurm does not answer.
+    """
+    queued = _queue_of(points)
+    return [
+        (
+            point.where.name,
+            " ".join(f"{key}={value}" for key, value in point.settings.items()),
+            *_progress(point, queued),
+        )
+        for point in points
+    ]
+
+
+def _progress(point: Point, queued: Mapping[str, tuple[str, str, str]]) -> tuple[str, str, str, str]:
+    rows, _ = _stages(point.where, queued)
+    count = f"{sum(row.state == 'done' for row in rows)} of {len(rows)} stages" if rows else ""
+    if point.error and point.ended:
+        return "failed", count, "", point.error
+    for state in ("failed", "cancelled", "running", "pending"):
+        if found := [row for row in rows if row.state == state]:
+            others = f" and {len(found) - 1} more" if state == "running" and len(found) > 1 else ""
+            return state, count, found[0].stage + others, found[0].more or found[0].word
+    if point.ended:
+        return "done", count, "", ""
+    left = [row.stage for row in rows if row.state == "missing"]
+    return "unfinished", count, f"next: {left[0]}" if left else "", ""
 
 
 def write_tables(root: Path) -> tuple[str, bool]:
@@ -113,5 +180,15 @@ class Table(Callback):
         root = Path(config.hydra.sweep.dir)
         if os.environ.get("RANK", "0") != "0" or only_shows(config) or not any(root.glob(f"*/{POINT}")):
             return
-        text, Table.failed = write_tables(root)
-        print(text)
+        try:
+            text, Table.failed = write_tables(root)
+            print(text)
+            job = submit_table(root, [point.where for point in points_of(root)])
+        except RuntimeError as error:  # else Hydra would make a warning of it
+            print(f"upcycle: the sweep's table: {error}; `upcycle sweep {root}` writes it", file=sys.stderr)
+            Table.failed = True
+            return
+        if job is not None:
+            print(
+                f"{job:16} writes it again when the jobs of all points have ended; `upcycle status {root}` follows them"
+            )

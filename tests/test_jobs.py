@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from launch import follow, scheduler
-from launch.jobs import keep_code, plan_jobs, script
+from launch.copies import copies_of, keep_code, keep_files, keep_settings, new_copy, of_copies, own_files
+from launch.groups import strategy_of
+from launch.jobs import plan_jobs, script
+from launch.overrides import CONF, rewritten
 from launch.running import SlurmConfig
+from launch.sharing import submitted_stages
 from tests.test_launch import TINY, upcycle
 from tests.test_merges import declared
 from upcycle.store import Store, versioned
@@ -145,8 +150,10 @@ def test_code_and_the_users_settings_are_copied(tmp_path):
     own = tmp_path / "own"
     (own / "experiment").mkdir(parents=True)
     (own / "experiment" / "mine.yaml").write_text("name: mine\n")
+    code = new_copy(tmp_path / "runs" / "x")
+    keep_code(code)
     for words in (["--config-dir", str(own)], [f"--config-dir={own}"], ["-cd", str(own)]):
-        code, kept = keep_code(tmp_path / "runs" / "x", [*words, "experiment=mine"])
+        kept = keep_settings([*words, "experiment=mine"], code)
         assert str(own) not in " ".join(kept) and kept[-1] == "experiment=mine"
         assert (code / "own_conf" / "experiment" / "mine.yaml").is_file()
     for part in (
@@ -158,6 +165,40 @@ def test_code_and_the_users_settings_are_copied(tmp_path):
         "COMMIT",
     ):
         assert (code / part).exists(), part
+
+
+def test_launch_files_of_the_users_own_are_copied_and_jobs_read_the_copies(tmp_path):
+    """The DeepSpeed settings that such a file names too. Names of launch/accelerate stay names."""
+    deepspeed, mine, template = tmp_path / "ds.json", tmp_path / "mine.yaml", tmp_path / "job.sh"
+    deepspeed.write_text('{"zero_optimization": {"stage": 2}}')
+    mine.write_text(f"distributed_type: DEEPSPEED\ndeepspeed_config: {{deepspeed_config_file: {deepspeed}}}\n")
+    template.write_text("{{options}}\n{{command}}\n")
+    kinds = {"mix": {"config": str(mine)}, "eval": {"config": "ddp"}}
+    launch = SlurmConfig(config="zero2", processes=2, template=str(template), kinds=kinds)
+    files, code = own_files(launch), tmp_path / "code"
+    assert files == {"launch.template": template, "launch.kinds.mix.config": mine}
+    keep_files(files, code)
+    copies = copies_of(files, code)
+    for one in (deepspeed, mine, template):
+        one.unlink()
+    assert strategy_of(copies["launch.kinds.mix.config"]) == "zero2"
+    assert copies["launch.template"].read_text() == "{{options}}\n{{command}}\n"
+    found = compose_words(
+        [*TINY, "launch=slurm", "launch.config=zero2", f"launch.kinds={{mix: {{config: {mine}}}}}", *of_copies(copies)]
+    )
+    assert found["launch"]["kinds"]["mix"]["config"] == str(copies["launch.kinds.mix.config"])
+    assert found["launch"]["template"] == str(copies["launch.template"]) and found["launch"]["config"] == "zero2"
+    with pytest.raises(ValueError, match="launch.config=zero9: neither a file nor one of"):
+        own_files(SlurmConfig(config="zero9", processes=2))
+
+
+def compose_words(words):
+    """The settings that a command's words compose."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return OmegaConf.to_container(compose("config", overrides=rewritten(words)), resolve=False)
 
 
 class Slurm:
@@ -213,7 +254,7 @@ def test_a_refused_submission_takes_the_others_back(stages, tmp_path, monkeypatc
     with pytest.raises(RuntimeError, match="invalid partition"):
         scheduler.submit(jobs, ["text"] * len(jobs), tmp_path / "x", {})
     assert slurm.calls[-1] == ("scancel", "1", "2", "3")
-    assert scheduler.submitted_stages(tmp_path / "x") == {}
+    assert submitted_stages(tmp_path / "x") == {}
 
 
 def test_a_seed_that_is_brought_along_comes_before_the_data():
@@ -251,17 +292,66 @@ def test_a_job_that_ends_or_can_never_start_makes_nothing(submitted, monkeypatch
 
 
 def test_a_runs_own_job_stays_its_own_when_the_rest_is_submitted_again(submitted, tmp_path, monkeypatch):
-    _, jobs, found, _ = submitted
+    moved, jobs, found, _ = submitted
     monkeypatch.setattr(scheduler, "slurm", Slurm())
-    rest = [job for job in jobs if job.name == "report"]
-    scheduler.submit(rest, ["text"], tmp_path / "runs/x", found)
-    record = scheduler.submitted_stages(tmp_path / "runs/x")
+    rest, waited = [job for job in jobs if job.name == "report"], [stage for stage in moved if stage.name != "report"]
+    scheduler.submit(rest, ["text"], tmp_path / "runs/x", found, waited)
+    record = submitted_stages(tmp_path / "runs/x")
     assert record["branch/code"]["job"] == found["branch/code"] and "shared" not in record["branch/code"]
-    other = scheduler.submit(rest, ["text"], tmp_path / "runs/y", found)
-    assert (
-        scheduler.submitted_stages(tmp_path / "runs/y")["branch/code"] == {"job": found["branch/code"], "shared": True}
-        and other
-    )
+    scheduler.submit(rest, ["text"], tmp_path / "runs/y", found, waited)
+    theirs = submitted_stages(tmp_path / "runs/y")
+    assert theirs["branch/code"] == record["branch/code"] | {"shared": str(tmp_path / "runs/x")}
+    assert theirs["branch/code"]["steps"] == 32  # `upcycle status` of this run tells progress too
+    assert theirs["report"]["job"] == "2" and "shared" not in theirs["report"]
+
+
+def shared_run(submitted, tmp_path, monkeypatch):
+    """A second run, which needs the first one's seed and one of its branches."""
+    moved, _, found, _ = submitted
+    waited = [one for one in moved if one.name in ("documents/code", "seed", "branch/law")]
+    monkeypatch.setattr(scheduler, "slurm", slurm := Slurm(queued=set(found.values())))
+    scheduler.submit([], [], tmp_path / "runs/y", found, waited)
+    return tmp_path / "runs/x", tmp_path / "runs/y", slurm
+
+
+def test_cancelling_leaves_what_another_run_counts_on(submitted, tmp_path, monkeypatch):
+    """And all that this waits for. When that run is cancelled too, it goes."""
+    _, _, found, _ = submitted
+    first, second, slurm = shared_run(submitted, tmp_path, monkeypatch)
+    taken, left = scheduler.cancel([first])
+    assert set(left) == {found["documents/code"], found["seed"], found["branch/law"]}
+    assert set(taken) == set(found.values()) - set(left) and slurm.calls[-1] == ("scancel", *taken)
+    assert submitted_stages(first)["seed"]["cancelled"] and "cancelled" not in submitted_stages(second)["seed"]
+    slurm.queued = left
+    taken, left = scheduler.cancel([second])
+    assert set(taken) == {found["documents/code"], found["seed"], found["branch/law"]} and not left
+    slurm.queued = []
+    assert scheduler.cancel([second]) == ([], [])
+
+
+def test_cancelling_both_runs_takes_all(submitted, tmp_path, monkeypatch):
+    _, _, found, _ = submitted
+    taken, left = scheduler.cancel(shared_run(submitted, tmp_path, monkeypatch)[:2])
+    assert set(taken) == set(found.values()) and not left
+
+
+def test_a_run_whose_directory_is_gone_counts_on_nothing(submitted, tmp_path, monkeypatch):
+    _, _, found, _ = submitted
+    first, second, _ = shared_run(submitted, tmp_path, monkeypatch)
+    shutil.rmtree(second)
+    taken, left = scheduler.cancel([first])
+    assert set(taken) == set(found.values()) and not left
+
+
+def test_a_cancelled_run_that_is_submitted_again_counts_on_what_was_left(submitted, tmp_path, monkeypatch):
+    moved, _, found, _ = submitted
+    first, second, _ = shared_run(submitted, tmp_path, monkeypatch)
+    scheduler.cancel([first])
+    left = [one for one in moved if one.name in ("documents/code", "seed", "branch/law")]
+    scheduler.submit([], [], first, found, left)
+    record = submitted_stages(first)
+    assert "cancelled" not in record["seed"] and "shared" not in record["seed"] and record["mix/btx"]["cancelled"]
+    assert set(scheduler.cancel([second])[1]) == {found["documents/code"], found["seed"], found["branch/law"]}
 
 
 def test_states_are_told_from_the_queue_the_store_and_the_logs(submitted, tmp_path, monkeypatch):
@@ -281,11 +371,27 @@ def test_states_are_told_from_the_queue_the_store_and_the_logs(submitted, tmp_pa
         "upcycle: it broke\nsrun: error: exit 2\n"
     )
     manifest = {stage.name: stage.path.name for stage in moved}
-    said = {stage: text for stage, _, text in follow.stage_states(run, manifest, tmp_path / "artifacts")}
+    said = {row.stage: row.said for row in follow.stage_states(run, manifest, tmp_path / "artifacts")}
     assert said["tokenizer"] == "done  2.5 s" and said["seed"] == "pending  Dependency"
     assert said["branch/code"] == "FAILED  16/32  loss 3.250  1,024 tok/s  16 s left  ValueError: no"
     assert said["branch/law"] == "ended without finishing it  it broke" and silent.name in manifest.values()
     assert said["mix/btx"].startswith("not started: ") and said["mix/btx"].endswith("did not finish")
+
+
+def test_of_a_shared_job_the_other_runs_log_tells_how_it_ended(submitted, tmp_path, monkeypatch):
+    moved, _, found, _ = submitted
+    first, second, slurm = shared_run(submitted, tmp_path, monkeypatch)
+    slurm.queued = []
+    (first / "slurm" / "logs" / f"branch-{found['branch/law']}.log").write_text("slurmstepd: *** JOB 3 CANCELLED ***\n")
+    manifest = {stage.name: stage.path.name for stage in moved if stage.name in ("seed", "branch/law")}
+    seed, branch = follow.stage_states(second, manifest, tmp_path / "artifacts")
+    assert branch.said == "ended without finishing it  slurmstepd: *** JOB 3 CANCELLED ***" and branch.state == "failed"
+    assert seed.said == f"not started: cancelled  (a job of {first})"
+    scheduler.cancel([second])
+    slurm.queued = [found["seed"]]
+    scheduler.cancel([second])
+    slurm.queued = []
+    assert follow.stage_states(second, manifest, tmp_path / "artifacts")[0].said == "cancelled"
 
 
 @pytest.mark.slow

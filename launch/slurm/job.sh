@@ -1,6 +1,6 @@
 #!/bin/bash
 {{options}}
-# A job of an upcycle run: {{what}}.
+# A job of upcycle: {{what}}.
 # A site may edit a copy of this file and give it as launch.template=FILE. What stands in double braces is filled in at submission.
 
 # Before the time limit Slurm sends USR1, to this script alone and up to a minute early. Training then writes a checkpoint, and the job is queued
@@ -36,7 +36,7 @@ export UPCYCLE_JOB=${address:-$first}:$((20000 + SLURM_JOB_ID % 20000))
 
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # which srun no longer takes over by itself
 echo "$(date '+%F %T') $stage on $SLURM_JOB_NODELIST, start $((${SLURM_RESTART_COUNT:-0} + 1))"
-srun --kill-on-bad-exit=1 --ntasks-per-node=1 {{python}} -m launch.pipeline {{settings}} "stage=$stage" &
+srun --kill-on-bad-exit=1 --ntasks-per-node=1 {{command}} &
 work=$!
 while kill -0 "$work" 2> /dev/null; do wait "$work"; done  # a signal ends `wait` before its time
 wait "$work"

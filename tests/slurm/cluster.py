@@ -35,7 +35,7 @@ SlurmdParameters=config_overrides
 MailProg=/bin/true
 SchedulerParameters=sched_interval=2,bf_interval=2
 InactiveLimit=0
-KillWait=10
+KillWait=30
 MinJobAge=300
 ReturnToService=2
 OverTimeLimit=0
@@ -111,6 +111,10 @@ class Cluster:
     def _start(self, words: list[str]) -> None:
         log = (self.root / f"{words[0]}.out").open("a")
         self.daemons.append(subprocess.Popen(words, env=self.environment, stdout=log, stderr=log, cwd=self.root))
+
+    def ran(self, *words: str) -> bool:
+        """Whether a command of Slurm's went well."""
+        return subprocess.run(words, env=self.environment, capture_output=True).returncode == 0
 
     def said(self, *words: str) -> str:
         """What a command of Slurm's prints; empty where it fails."""
