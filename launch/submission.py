@@ -43,7 +43,7 @@ def planned_jobs(
         raise ValueError(
             f"launch.kinds.{unknown[0]}: no job of this run is of that kind{nearest(unknown[0], known)} Kinds: {', '.join(sorted(known))}"
         )
-    queued = {} if cfg.dry_run else queued_stages(_with_needed(stages))
+    queued = {} if cfg.dry_run else queued_stages(with_needed(stages))
     if not cfg.dry_run:
         _check_inputs(stages, queued)
     code, jobs = out.absolute() / "slurm" / "code", plan_jobs(stages, queued)
@@ -57,7 +57,7 @@ def planned_jobs(
     return jobs, queued
 
 
-def _with_needed(stages: Iterable[Artifact]) -> list[Artifact]:
+def with_needed(stages: Iterable[Artifact]) -> list[Artifact]:
     """The unfinished ones of `stages`, and the unfinished ones that these need."""
     found: dict[str, Artifact] = {}
     waiting = list(stages)
@@ -128,7 +128,7 @@ def hand_over(
 ) -> None:
     """Submit the jobs and return at once. Raises RuntimeError: see `scheduler.submit`."""
     if jobs or queued:
-        waited = [stage for stage in _with_needed(stages) if stage.name in queued]
+        waited = [stage for stage in with_needed(stages) if stage.name in queued]
         found = submit(jobs, _scripts(cfg, launch, jobs, out), out, queued, waited)
         for job in jobs:
             numbers = found[job.stages[0].name].split("_")[0] + (f"_[0-{len(job.stages) - 1}]" if job.array else "")

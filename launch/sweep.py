@@ -23,6 +23,7 @@ from launch.sharing import submitted_stages
 from launch.status import read_manifest, read_settings
 from launch.sweep_jobs import submit_table
 from upcycle.durable import read_object, write_json
+from upcycle.store import RECORD
 
 POINT = "point.json"
 
@@ -89,8 +90,9 @@ def read_points(sweep: Path) -> list[dict[str, Any]]:
 
 
 def _queue_of(points: Sequence[Point]) -> dict[str, tuple[str, str, str]]:
-    """What Slurm's queue has of them; it is asked once."""
-    return queue(entry["job"] for point in points for entry in submitted_stages(point.where).values())
+    """What Slurm's queue has of their unfinished stages. It is asked once, and not where all is done: the table can then be made anywhere."""
+    entries = [entry for point in points for entry in submitted_stages(point.where).values()]
+    return queue(entry["job"] for entry in entries if not (Path(entry["artifact"]) / RECORD).is_file())
 
 
 def _how_it_went(point: Point, queued: Mapping[str, tuple[str, str, str]]) -> tuple[dict | None, str, str | None]:

@@ -17,6 +17,7 @@ from launch.jobs import plan_jobs, script
 from launch.overrides import CONF, rewritten
 from launch.running import SlurmConfig
 from launch.sharing import submitted_stages
+from launch.submission import with_needed
 from tests.test_launch import TINY, upcycle
 from tests.test_merges import declared
 from upcycle.store import Store, versioned
@@ -62,6 +63,14 @@ def test_what_is_queued_is_waited_for_and_not_made_again(stages):
     assert set(jobs["branch"].after) == {"seed", names[0]} and {"branch/law", "branch/code", "branch/math"} <= set(
         jobs["soup"].after
     )
+
+
+def test_a_run_counts_on_what_it_asks_for_and_on_what_that_needs(stages):
+    """Another run's jobs for the rest of the recipe are none of its own."""
+    asked = [stage for stage in stages if stage.name == "mix/btx"]
+    found = {stage.name for stage in with_needed(asked)}
+    assert {"mix/btx", "assemble/btx", "branch/law", "seed", "tokens/code", "documents/code"} <= found
+    assert not {name for name in found if name.startswith(("eval/", "mix/bam", "assemble/bam", "report"))}
 
 
 def options_of(text):

@@ -131,6 +131,13 @@ def test_points_that_failed_or_were_refused_are_in_the_table(sweep, slurm):
         assert [line["state"] for line in csv.DictReader(stream)] == ["done", "submitted", "failed", "failed"]
 
 
+def test_a_sweep_that_is_done_needs_no_slurm_for_its_table(sweep, monkeypatch):
+    monkeypatch.setenv("PATH", str(sweep))
+    for number in (1, 2):
+        (sweep / f"{number}/point.json").unlink()
+    assert [point["state"] for point in read_points(sweep)] == ["done", "failed"]
+
+
 def test_status_of_a_sweep_is_a_line_a_point(sweep, slurm, capsys):
     submit_table(sweep, [point.where for point in points_of(sweep)])
     slurm.rows["1"] = "PENDING"
