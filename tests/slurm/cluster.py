@@ -36,7 +36,7 @@ MailProg=/bin/true
 SchedulerParameters=sched_interval=2,bf_interval=2
 InactiveLimit=0
 KillWait=30
-MinJobAge=300
+MinJobAge=7200
 ReturnToService=2
 OverTimeLimit=0
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={n1} CPUs=2 RealMemory=8000

@@ -160,7 +160,9 @@ def test_slurm_signals_a_script_before_its_time_limit_and_it_comes_back(cluster,
     (log,) = (here / "runs/limited/slurm/logs").glob(f"*-{limited}.log")
     said = log.read_text()
     assert "start 1" in said and "the time limit is near; mix/none goes on" in said and "start 2" in said, said
-    assert "JobState=COMPLETED" in cluster.said("scontrol", "show", "job", limited), said
+    assert said.count("goes on when Slurm") == 1 and "JobState=COMPLETED" in cluster.said(
+        "scontrol", "show", "job", limited
+    ), said
 
 
 def test_cancelling_a_sweep_leaves_the_jobs_that_another_run_needs(cluster, here, ended):
@@ -169,10 +171,12 @@ def test_cancelling_a_sweep_leaves_the_jobs_that_another_run_needs(cluster, here
     again = upcycle(cluster, *SWEEP, held, cwd=here, check=False)
     assert re.findall(r"(\d+) jobs submitted", again.stdout) == ["0", "0", "3"], again.stdout + again.stderr
     other = upcycle(cluster, *SMALL, *SLURM, "name=other", "mix.lr=1e30", held, cwd=here)
-    assert "0 jobs submitted" in other.stdout and "3 were in the queue" in other.stdout, other.stdout
+    assert "1 jobs submitted" in other.stdout and "2 were in the queue" in other.stdout, (
+        other.stdout
+    )  # a report has its run's name
     assert re.search(r"pending +\d+ of \d+ stages +mix/bam +JobHeldUser", states(cluster, "sweep", here)["2"])
     said = upcycle(cluster, "cancel", "sweep", cwd=here).stdout
-    assert "1 jobs cancelled (3 that other runs need stay there)" in said, said
+    assert "2 jobs cancelled (2 that other runs need stay there)" in said, said  # its report and its table
     assert "3 jobs cancelled; the same command" in upcycle(cluster, "cancel", "other", cwd=here).stdout
     assert " cancelled" in states(cluster, "other", here)["mix/bam"]
 
@@ -201,7 +205,7 @@ def test_a_stage_on_two_nodes(cluster, here, ended, tmp_path):
 def test_a_job_that_is_stopped_and_preempted_in_training_ends_with_the_same_weights(cluster, here, ended, tmp_path):
     """First Slurm's signal before the time limit, which here comes at once and not a minute early; then a requeue from outside, as PreemptMode=REQUEUE
     does it: SIGTERM, and SIGKILL after KillWait. Each time the job comes back and goes on from its checkpoint."""
-    long = ["mix.rng_seed=8", "mix.tokens=204800", "stage=mix/bam", "launch.checkpoint_seconds=null"]
+    long = ["mix.rng_seed=8", "mix.tokens=102400", "stage=mix/bam", "launch.checkpoint_seconds=null"]
     upcycle(cluster, *SMALL, *SLURM, *long, "name=long", cwd=here)
     run = here / "runs" / "long"
     job = json.loads((run / "slurm/jobs.json").read_text())["mix/bam"]["job"]
@@ -225,7 +229,7 @@ def test_a_job_that_is_stopped_and_preempted_in_training_ends_with_the_same_weig
     assert artifact.is_dir() and "start 3" in said(), said()
     asked = [int(step) for step in re.findall(r"asked to stop: step (\d+)", said())]
     went_on = [int(step) for step in re.findall(r"going on from step (\d+)", said())]
-    assert 0 < asked[0] < asked[1] < 200 and went_on == asked, said()
+    assert 0 < asked[0] < asked[1] < 100 and went_on == asked, said()
     interrupted = weights(here, "long", "mix/bam")
     artifact.rename(tmp_path / "interrupted")
     upcycle(cluster, *SMALL, *long, cwd=here)
