@@ -158,11 +158,10 @@ def print_cancelled(arguments: list[str]) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         return _refused(error)
     others = f" ({len(left)} that other runs need stay there)" if left else ""
-    print(
-        f"{place}: {len(taken)} jobs cancelled{others}; the same command submits what is missing"
-        if taken
-        else f"{place}: no job of it is in the queue{others}"
-    )
+    if taken or left:
+        print(f"{place}: {len(taken)} jobs cancelled{others}; the same command submits what is missing")
+    else:
+        print(f"{place}: no job of it is in the queue")
     return 0
 
 

@@ -168,6 +168,8 @@ def test_cancelling_a_sweep_takes_its_table_and_what_no_other_run_counts_on(swee
     said = capsys.readouterr().out
     assert said.startswith("runs/rates: 3 jobs cancelled (1 that other runs need stay there); the same command"), said
     assert set(slurm.rows) == {"11"}
+    assert print_cancelled(["rates"]) == 0
+    assert "0 jobs cancelled (1 that other runs need stay there)" in capsys.readouterr().out
     assert print_status(["rates"]) == 0
     assert re.search(r"1 +mix.lr=1 +cancelled", capsys.readouterr().out)
 
