@@ -16,8 +16,9 @@ from rich.table import Table
 
 from launch.config import LaunchConfig
 from launch.follow import last_line, progress
-from launch.groups import child_environment, command, launch_file, processes_of, strategy_of, visible_gpus
-from upcycle.stopping import AGAIN, Stopped
+from launch.groups import child_environment, command, end, launch_file, processes_of, strategy_of, visible_gpus
+from upcycle import stopping
+from upcycle.stopping import AGAIN, TERMINATED, Stopped
 from upcycle.store import Artifact
 
 POLL_SECONDS, PLAIN_SECONDS = 0.5, 30.0
@@ -77,8 +78,26 @@ def make_side_by_side(
 ) -> None:
     """Train the branches in `waiting`, at most launch.parallel_branches at a time. One that fails leaves the others be.
 
-    Raises RuntimeError: some failed, after the others have ended. Stopped: they were asked to.
+    Raises RuntimeError: some failed, after the others have ended. Stopped: they were asked to. SystemExit: likewise, and nothing was saved.
     """
+    with stopping.passing_on() as stop:
+        stopped, failed = _train_all(launch, arguments, waiting, logs, console, stop)
+    if stopped and not failed:
+        raise Stopped
+    if failed and stopping.signalled():  # before they could look
+        sys.exit(TERMINATED)
+    if failed:
+        why = "; ".join(f"{job.stage.name}: {last_line(job.log)} (log: {job.log})" for job in failed)
+        raise RuntimeError(
+            f"{len(failed)} of {len(waiting)} branches failed, the others are done; the same command trains only what is "
+            f"missing. {why}"
+        )
+
+
+def _train_all(
+    launch: LaunchConfig, arguments: list[str], waiting: list[Artifact], logs: Path, console: Console, stop: Path
+) -> tuple[bool, list[_Job]]:
+    """Whether branches were asked to stop, and those that failed. SIGTERM to this process makes the file `stop`."""
     free = shares(launch)
     slots, left, running, failed, stopped = dict(enumerate(free)), list(waiting), [], [], False
     logs.mkdir(parents=True, exist_ok=True)
@@ -90,8 +109,11 @@ def make_side_by_side(
         while left or running:
             while left and slots:
                 number, share = slots.popitem()
-                running.append(_start(launch, arguments, left.pop(0), number, share, logs))
+                running.append(_start(launch, arguments, left.pop(0), number, share, logs, stop))
             time.sleep(POLL_SECONDS)
+            if stopping.signalled():
+                stop.touch()
+                left = []
             for job in [job for job in running if job.process.poll() is not None]:
                 running.remove(job)
                 slots[job.share] = free[job.share]
@@ -106,27 +128,19 @@ def make_side_by_side(
                 for job in running:
                     console.print(f"  {job.stage.name}  {_progress(job.stage)}", highlight=False, markup=False)
     except BaseException:
-        for job in running:
-            job.process.terminate()
-        for job in running:
-            job.process.wait()
+        end([job.process for job in running])
         raise
     finally:
         if live:
             live.stop()
-    if stopped and not failed:
-        raise Stopped
-    if failed:
-        why = "; ".join(f"{job.stage.name}: {last_line(job.log)} (log: {job.log})" for job in failed)
-        raise RuntimeError(
-            f"{len(failed)} of {len(waiting)} branches failed, the others are done; the same command trains only what is "
-            f"missing. {why}"
-        )
+    return stopped, failed
 
 
-def _start(launch: LaunchConfig, arguments: list[str], stage: Artifact, number: int, share: dict, logs: Path) -> _Job:
+def _start(
+    launch: LaunchConfig, arguments: list[str], stage: Artifact, number: int, share: dict, logs: Path, stop: Path
+) -> _Job:
     """A process (or a group, with launch.config) that trains one branch on its share of the machine."""
-    environment = dict(child_environment())
+    environment = dict(child_environment(stop=stop))
     environment["OMP_NUM_THREADS"] = str(max(1, len(share["cores"]) // share["processes"]))
     if share["gpus"] is not None:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(share["gpus"])

@@ -13,14 +13,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from launch.config import LaunchConfig
+from upcycle import stopping
 from upcycle.config import nearest
-from upcycle.stopping import AGAIN, Stopped
+from upcycle.stopping import AGAIN, TERMINATED, Stopped
 from upcycle.store import Artifact
 from upcycle.team import ALONE, Team, asked_strategy, in_group, join
 
@@ -160,28 +162,45 @@ def _offload(launch: LaunchConfig) -> list[str]:
     return options
 
 
-def child_environment(member: bool = True) -> Mapping[str, str]:
-    """Of processes that this one starts; a `member` makes one stage and drives no others. They bring their own wandb service, for none may end another's (trackers.py)."""
+def child_environment(member: bool = True, stop: Path | None = None) -> Mapping[str, str]:
+    """Of processes that this one starts; a `member` makes one stage and drives no others. They bring their own wandb service, for none may end another's (trackers.py).
+
+    stop: the file by which they will be asked to stop, if they will.
+    """
     root = str(Path(__file__).resolve().parent.parent)  # found from any directory, installed or not
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     inherited = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
-    return {**inherited, "PYTHONPATH": path} | ({STARTED: "1"} if member else {})
+    own = {stopping.PARENT: str(os.getpid())} | ({STARTED: "1"} if member else {})
+    return {**inherited, "PYTHONPATH": path} | own | ({stopping.PASSED_ON: str(stop)} if stop else {})
 
 
-def make_in_group(launch: LaunchConfig, arguments: list[str], stage: Artifact) -> None:
-    """Make one stage with a group of processes, which print their progress here.
-
-    Raises RuntimeError: the group ended without it. Stopped: it was asked to.
-    """
-    process = subprocess.Popen(command(launch, arguments, stage.name), env=child_environment())
-    try:
-        status = process.wait()
-    except BaseException:  # the group must not outlive us
-        process.terminate()
+def end(processes: Sequence[subprocess.Popen], patience: float = 10.0) -> None:
+    """Launchers, or processes that make a stage, at once and with all that they started. SIGTERM would ask them to save first. patience: seconds."""
+    for process in processes:
+        process.send_signal(signal.SIGHUP)
+    for process in processes:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=patience)
+        process.kill()
         process.wait()
-        raise
+
+
+def make_in_group(launch: LaunchConfig, arguments: list[str], stage: Artifact, saves: bool) -> None:
+    """Make one stage with a group of processes, which print their progress here. saves: it stops at a checkpoint when SIGTERM asks this process to.
+
+    Raises RuntimeError: the group ended without it. Stopped: it was asked to. SystemExit: likewise, and nothing was saved.
+    """
+    with stopping.passing_on() as stop:
+        process = subprocess.Popen(command(launch, arguments, stage.name), env=child_environment(stop=stop))
+        try:
+            status = _awaited(process, stop if saves else None)
+        except BaseException:  # the group must not outlive us
+            end([process])
+            raise
     if status == AGAIN:
         raise Stopped
+    if stopping.signalled() and not stage.finished:  # and so was the group, before it could look
+        sys.exit(TERMINATED)
     patience = 10 if status == 0 else 0  # seconds in which another machine's renaming must show here
     while patience and not stage.finished:
         time.sleep(1)
@@ -193,20 +212,51 @@ def make_in_group(launch: LaunchConfig, arguments: list[str], stage: Artifact) -
         )
 
 
+def _awaited(process: subprocess.Popen, stop: Path | None) -> int:
+    """The exit status of a launcher. SIGTERM to this process makes the file `stop`; without one it raises SystemExit."""
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(timeout=0.2)
+        if stopping.signalled():
+            if stop is None:
+                sys.exit(TERMINATED)
+            stop.touch()
+
+
+def _pass_on(*_: Any) -> None:
+    """SIGTERM to a launcher. A batch system signals all processes of a job, and torchrun would kill those that need more than 30 seconds to save."""
+    stopping.on_sigterm()
+    Path(os.environ[stopping.PASSED_ON]).touch()
+
+
+def _first_failure(failures: Mapping[int, Any]) -> tuple[int, int]:
+    """Rank and exit status of the process that ended a group: others lose their connection to it and fail in the same moment."""
+    codes = {rank: failures[rank].exitcode for rank in sorted(failures, key=lambda rank: failures[rank].timestamp)}
+    stopped = [rank for rank, code in codes.items() if code == AGAIN]  # on all of them, or none
+    killed = [rank for rank, code in codes.items() if code < 0]
+    rank = [*stopped, *killed, *codes][0]
+    return rank, codes[rank]
+
+
 def main() -> None:
     """`accelerate launch`, with one line in place of two tracebacks when a process of the group fails."""
+    stopping.end_with_parent()
+    os.environ[stopping.PARENT] = str(os.getpid())
+    if stopping.PASSED_ON in os.environ:
+        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGINT,SIGHUP,SIGQUIT"
+        signal.signal(signal.SIGTERM, _pass_on)
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     try:
-        launch_command(launch_command_parser().parse_args())
+        with stopping.looking():
+            launch_command(launch_command_parser().parse_args())
     except SignalException as stop:  # whoever sent it to us knows; the processes are stopped by now
         sys.exit(128 + int(stop.sigval))
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        code: Any = failure.exitcode
-        if code == AGAIN:  # the first one has said why
+        rank, code = _first_failure(error.failures)
+        if code == AGAIN:  # the first rank has said why
             sys.exit(AGAIN)
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
         print(f"upcycle: rank {rank} was {how}; the other processes of its group were stopped", file=sys.stderr)

@@ -32,7 +32,7 @@ from launch.groups import (
 )  # fmt: skip
 from launch.jobs import INSIDE
 from launch.overrides import CONF, check_package, explained, own_arguments, rewritten, swept_keys, task_overrides
-from launch.plan import check_sources, check_texts, print_dry_run, print_plan
+from launch.plan import check_sources, check_texts, print_dry_run, print_plan, train_of
 from launch.recipes import Experiment, upcycle
 from launch.running import SlurmConfig
 from launch.submission import check_submitted, hand_over, planned_jobs, within_job
@@ -52,8 +52,8 @@ ROOT = Path(__file__).resolve().parent.parent
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def compose(raw: DictConfig) -> None:
     # Not before, inside Hydra: what a handler raises there comes out as an error of its own. A rank may be inside a call that Python can't leave,
-    # because another rank died: it heeds the signal only where it can mean a time limit.
-    if not in_group() or stopping.FILE in os.environ:
+    # because another rank died, until its launcher kills it half a minute later: it heeds the signal only where it can mean a time limit.
+    if not in_group() or stopping.FILE in os.environ or stopping.PASSED_ON in os.environ:
         signal.signal(signal.SIGTERM, stopping.on_sigterm)
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     if sweep:
@@ -189,7 +189,7 @@ def compute(cfg: Config, store: Store, stages: list[Artifact], console: Console,
         _prepare_process(cfg.launch.threads, console)
     tracker = Tracker(cfg, console, out, team)
     for stage in stages:
-        if team.share(stopping.asked()):
+        if team.any(stopping.asked()):
             console.print(f"asked to stop before {stage.name}; the same command goes on from there", highlight=False)
             raise stopping.Stopped
         if team.share(stage.finished):
@@ -201,7 +201,7 @@ def compute(cfg: Config, store: Store, stages: list[Artifact], console: Console,
         if driving and cfg.launch.parallel_branches > 1 and (waiting := waiting_branches(stage, stages)):
             make_side_by_side(cfg.launch, own_arguments(cfg.tokens), waiting, out / "logs", console)
         elif driving and cfg.launch.config is not None and stage.together:
-            make_in_group(cfg.launch, own_arguments(cfg.tokens), stage)
+            make_in_group(cfg.launch, own_arguments(cfg.tokens), stage, saves=train_of(stage) is not None)
         else:
             with tracker.stage(stage) as stage_run:
                 made = store.make(stage, stage_run)
@@ -310,10 +310,15 @@ def show_report(report: Artifact, out: Path, console: Console) -> None:
 
 def main() -> None:
     """Run, and turn what a user can cause into one clear message and exit status 2."""
+    stopping.end_with_parent()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through to here
     try:
         sys.argv[1:] = rewritten(sys.argv[1:])
-        compose()
+        try:
+            compose()
+        except stopping.Stopped:  # the whole group was
+            leave()
+            raise
         leave()
         if Table.failed:
             sys.exit(2)

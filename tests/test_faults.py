@@ -7,23 +7,64 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.faults import SETTINGS, damage, differences, run, undisturbed
+from tests.faults import SETTINGS, damage, differences, left_running, members, run, strike, undisturbed
 from tests.test_kills import contents, served
 from tests.test_launch import ROOT
 
 
 @pytest.mark.slow
 def test_killed_runs_end_with_the_same_bytes():
-    found = run(15, random.Random(1), SETTINGS)
+    found = run(15, random.Random(1))
     assert found["differences"] == []
     assert found["kills"] == found["SIGKILL"] + found["SIGTERM"] >= 15 and len(found["in stages"]) > 3
     assert found["damaged checkpoints noticed"] == found["damaged checkpoints"]
+
+
+@pytest.mark.slow
+def test_killed_runs_of_two_processes_end_with_the_same_bytes_and_leave_nothing_running():
+    found = run(5, random.Random(1), processes=2)
+    assert found["differences"] == []
+    assert found["kills"] == found["driver"] + found["rank"] + found["all"] >= 5
+    assert found["damaged checkpoints noticed"] == found["damaged checkpoints"]
+
+
+TREE = """
+import os, subprocess, sys, time
+for rank in "01":
+    words = [sys.executable, "-c", "import time; open('rank' + %r, 'w'); time.sleep(60)" % rank, "launch.pipeline"]
+    subprocess.Popen(words, env=os.environ | {"RANK": rank}, start_new_session=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("victim", "left"), [("driver", 2), ("rank", 2), ("all", 0)])
+def test_a_kill_hits_whom_it_is_meant_for_and_what_it_leaves_is_seen(tmp_path, monkeypatch, victim, left):
+    monkeypatch.setattr("tests.faults.PATIENCE", 1.0)
+    driver = subprocess.Popen([sys.executable, "-c", TREE], cwd=tmp_path)
+    limit = time.monotonic() + 60
+    while not all((tmp_path / f"rank{rank}").exists() for rank in (0, 1)):
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    assert strike(members(tmp_path), victim, 1, signal.SIGKILL, random.Random(0)) == victim
+    found = left_running(tmp_path)
+    assert len(found) == left and (victim == "rank") == any(line.startswith(f"{driver.pid} ") for line in found)
+    for process in members(tmp_path):
+        process.kill()
+    driver.wait()
+
+
+def test_where_no_group_is_at_work_the_driver_is_hit(tmp_path):
+    driver = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], cwd=tmp_path)
+    assert strike(members(tmp_path), "rank", 0, signal.SIGTERM, random.Random(0)) == "driver"
+    assert driver.wait() == -signal.SIGTERM
 
 
 def test_a_byte_and_a_missing_file_are_differences(tmp_path):

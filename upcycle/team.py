@@ -63,6 +63,16 @@ class Team:
         dist.all_gather_object(found, value, group=self.group)
         return found
 
+    def any(self, value: bool) -> bool:
+        """Whether some rank's `value` is true, on every rank."""
+        if self.size == 1:
+            return value
+        import torch
+
+        count = torch.tensor([int(value)])
+        self.add(count)
+        return bool(count.item())
+
     def add(self, tensor: Any) -> None:
         """Put into every rank's `tensor`, on the CPU, the sum of all of them."""
         if self.size > 1:

@@ -248,12 +248,13 @@ def _run_steps(
         by_steps = any(every and (step + 1) % every == 0 for every in (run.checkpoint_steps, run.keep_every))
         by_time = run.checkpoint_seconds and now - saved_at >= run.checkpoint_seconds
         stop = stopping.asked()
-        if step + 1 < config.steps and run.team.share(by_steps or by_time or stop):  # clocks differ between ranks
+        # Clocks differ between ranks, and a signal may reach one of them only.
+        if step + 1 < config.steps and run.team.any(bool(by_steps or by_time or stop)):
             metrics.sync()
             save_snapshot(out / "checkpoints", step + 1, loop.engine, run.keep_checkpoints, run.keep_every)
             run.saved()
             saved_at = time.monotonic()
-            if run.team.share(stop):
+            if run.team.any(stop):
                 run.say(
                     f"asked to stop: step {step + 1} of {config.steps} is saved, and the same command goes on from there"
                 )
