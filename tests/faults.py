@@ -41,7 +41,7 @@ PAIR = [
 ]  # fmt: skip
 CHOICES = {1: SETTINGS, 2: PAIR}
 # Of the time of an undisturbed run: the latest moment of a signal, so that rounds get on and all stages have their kills.
-SHARES = {1: 0.6, 2: 0.2}
+SHARES = {1: 0.6, 2: 0.3}
 VICTIMS = {1: ("all",), 2: ("driver", "rank", "all")}
 DAMAGE = 0.3  # so often a checkpoint is damaged as well, where there is one
 PATIENCE = 20.0  # seconds in which what a killed run has started must be gone
@@ -259,8 +259,11 @@ def in_short(found: dict[str, Any]) -> str:
         counts += (
             f"; {found['driver']} of the command alone, {found['rank']} of one rank, {found['all']} of all processes"
         )
+    runs = "1 run" if found["rounds"] == 1 else f"{found['rounds']} runs"
     damaged = f"{found['damaged checkpoints']} damaged checkpoints, all {found['damaged checkpoints noticed']} noticed"
-    return f"{counts}) over {found['rounds']} runs, {damaged}; {len(found['differences'])} differences"
+    if not found["damaged checkpoints"]:
+        damaged = "no checkpoint damaged"
+    return f"{counts}) over {runs}, {damaged}; {len(found['differences'])} differences"
 
 
 def sentence(found: dict[str, Any]) -> str:
