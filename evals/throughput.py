@@ -31,14 +31,14 @@ def training_flops_per_second(model, config: TrainConfig) -> float:
         schedule=ScheduleConfig(kind="constant", warmup_steps=0), max_epochs=float("inf"),
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        data = {"random": _random_domain(Path(folder) / "random", model.config.vocab_size, short)}
+        data = {"random": random_domain(Path(folder) / "random", model.config.vocab_size, short)}
         run = Run(say=lambda text: None, checkpoint_seconds=None)
         train(model, short, data, Path(folder), run, flops).close()
         rows = [json.loads(line) for line in (Path(folder) / METRICS).read_text().splitlines()]
     return flops * median(row["tokens_per_second"] for row in rows[WARM_UP:])
 
 
-def _random_domain(directory: Path, vocab: int, config: TrainConfig) -> Path:
+def random_domain(directory: Path, vocab: int, config: TrainConfig) -> Path:
     """Tokens to train on as tokenize_documents leaves them, one document."""
     directory.mkdir()
     count = config.batch_tokens

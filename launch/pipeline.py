@@ -119,6 +119,10 @@ def _plan_or_make(cfg: Config, out: Path, team: Team, console: Console, budget: 
     experiment = upcycle(cfg, Store(cfg.artifacts))
     if cfg.plan:
         print_plan(experiment, console)
+        if cfg.launch.gpu is not None:
+            from launch.capacity import print_capacity  # it needs torch, which makes a plain plan slow
+
+            print_capacity(cfg, experiment, console)
         return
     stages = asked_stages(cfg, experiment.store)
     check_destination(cfg, experiment)

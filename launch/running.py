@@ -29,7 +29,8 @@ class LaunchConfig:
     those of multiples of keep_every for good. config: the launch file of the stages that several processes make together, a name in launch/accelerate or a path; None
     runs every stage in this process. processes: of all machines together (None: one for each GPU of this machine).
     main_address: host:port of the first machine. offload: where ZeRO keeps what the step itself does not need.
-    parallel_branches: so many branches are trained side by side, on equal shares of this machine.
+    parallel_branches: so many branches are trained side by side, on equal shares of this machine. For plans only: gpu, a device of
+    launch/hardware.py; utilisation, the share of its peak that a step reaches; interconnect, Gbit/s of a process to other machines.
     """
 
     checkpoint_steps: int | None = None
@@ -45,6 +46,9 @@ class LaunchConfig:
     offload: Literal["none", "cpu", "nvme"] = "none"
     nvme_path: str | None = None
     parallel_branches: int = Field(default=1, ge=1)
+    gpu: str | None = None
+    utilisation: float = Field(default=0.4, gt=0, le=1)
+    interconnect: float = Field(default=400.0, gt=0)
     scheduler: Literal["none"] = "none"
 
     @model_validator(mode="after")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -51,9 +51,14 @@ def group_of(name: str) -> str:
 
 
 def decays(name: str, parameter: torch.Tensor) -> bool:
+    return decays_by_name(
+        name, getattr(parameter, "ds_shape", parameter.shape)
+    )  # ZeRO-3's partition itself has one dimension
+
+
+def decays_by_name(name: str, shape: Sequence[int]) -> bool:
     """Weight decay is for matrices; stacked biases are 2-D too, hence the look at the name. A curvature would decay to 0, not to
     the identity that it starts from."""
-    shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3's partition itself has one dimension
     return len(shape) >= 2 and "bias" not in name and "curvature_" not in name
 
 
