@@ -243,7 +243,7 @@ def advice(one: Planned, models: Models) -> str:
 def _changes(train: TrainConfig, group: Group, stage: str) -> Iterator[tuple[str, TrainConfig, Group]]:
     """Each with those before it."""
     kind = stage.partition("/")[0]
-    where = {"seed": "seed.train", "dense": "dense", "dense_compute": "dense_compute"}.get(kind, kind)
+    where = {"seed": "seed.train", "mix": "mix"}.get(kind, "branch")  # dense continuations follow the branches
     if not train.gradient_checkpointing:
         train = replace(train, gradient_checkpointing=True)
         yield f"{where}.gradient_checkpointing=true", train, group

@@ -121,6 +121,16 @@ def test_longer_micro_batches_keep_more_and_checkpointing_less():
     assert forward_bytes(config, 2, 16, "fp32")[1] < one.activations
 
 
+def test_without_a_backward_that_needs_them_no_copies_of_weights_are_kept():
+    """Of 8 layers' weights in bf16, a forward without a graph and one with checkpointing keep no more than one layer's at a time."""
+    config = dense_config("llama", num_hidden_layers=8, hidden_size=256, intermediate_size=1024)
+    train = replace(TRAIN, precision="bf16")
+    copies = 2 * footprint(config, train).numel() - 2 * 2 * VOCAB * 256
+    assert footprint(config, train).activations > copies
+    assert forward_bytes(config, 2, 16, "bf16")[1] < copies / 4
+    assert footprint(config, replace(train, gradient_checkpointing=True)).activations < copies / 2
+
+
 def test_phases_count_by_what_they_train():
     config = mixture(router="topk_softmax").config
     router, experts = PhaseConfig(steps=1, trainable=("router",)), PhaseConfig(trainable=("experts",))
@@ -286,10 +296,10 @@ def test_models_alike_are_traced_once(monkeypatch):
 
 @pytest.fixture(scope="session")
 def large(tmp_path_factory):
-    """A model of 101M parameters."""
+    """A model of 103M parameters."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    sizes = {"hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 16, "num_attention_heads": 10}
+    sizes = {"hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 18, "num_attention_heads": 10}
     config = LlamaConfig(vocab_size=32768, num_key_value_heads=5, tie_word_embeddings=True, **sizes)
     where = tmp_path_factory.mktemp("large")
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(where)

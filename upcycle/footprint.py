@@ -175,6 +175,6 @@ def forward_bytes(config: PretrainedConfig, sequences: int, length: int, precisi
         tokens, domains = torch.zeros(sequences, length, dtype=torch.long), torch.zeros(2, sequences, dtype=torch.long)
         count = torch.tensor(sequences * length)
         with alive:
-            Objective(model, precision, 1)(tokens, domains, count, count, 0)
+            Objective(model, precision, 1).eval()(tokens, domains, count, count, 0)
         alive.over()
     return weights, alive.peak
