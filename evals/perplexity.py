@@ -82,7 +82,9 @@ class Scorer(nn.Module):
             trace = RoutingTrace(expert_B=expert_B, forced=steering.forced, removed=steering.removed)
         extra = {"trace": trace} if trace else {}
         bf16 = self.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):  # a weight is used once
+        with torch.autocast(
+            self.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False
+        ):  # a weight is used once
             hidden = self.model.base_model(input_ids=inputs_BS, use_cache=False, **extra).last_hidden_state
             nats = token_nats(hidden.flatten(0, 1), language_model_head(self.model), labels_BS.flatten())
         return nats.view_as(labels_BS), trace

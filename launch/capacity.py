@@ -57,8 +57,8 @@ def print_capacity(cfg: Config, experiment: Experiment, console: Console) -> Non
         console.print(f"\n{describe(cfg.launch, group)}", highlight=False)
         console.print(_table([one for one in planned if one.group == group]))
     console.print(
-        "Bytes of the rank that needs most. Peak: the worst moment, with the runtime's own memory and 8 % for allocators' holes; activations go as "
-        "gradients come, so it is less than the sum. Checkpoint: of all ranks together. Cache: of 1,000 tokens in generation, bf16. Hours: of training, on all ranks. Rules and how far off they were: docs/planning.md",
+        "Bytes of the rank that needs most; peak: all of them together. Checkpoint: of all ranks. Cache: of 1,000 tokens in generation, in bf16. "
+        "Hours: of training, on all ranks. Rules, and how far off they were: docs/planning.md",
         highlight=False,
     )
     for one in planned:
@@ -168,7 +168,7 @@ def describe(launch: LaunchConfig, group: Group) -> str:
     found = group.device
     processes = f"{group.ranks} processes, {group.strategy}," if group.ranks > 1 else "one process"
     return (
-        f"{processes} on {launch.gpu}: {gib(found.memory)} each, {human(found.bf16)}FLOP/s in bf16 "
+        f"{processes} on {launch.gpu}: {size(found.memory)} each, {human(found.bf16)}FLOP/s in bf16 "
         f"({human(found.fp32)} in fp32) of which {group.utilisation:.0%} is reached, {human(group.link)}B/s between processes"
     )
 
@@ -184,8 +184,8 @@ def _uneven(one: Planned) -> str:
     )
 
 
-def gib(size: float) -> str:
-    return f"{size / 2**30:.3g} GiB"
+def size(count: float) -> str:
+    return human(count, "B")
 
 
 def _table(planned: list[Planned]) -> Table:
@@ -209,13 +209,11 @@ def _table(planned: list[Planned]) -> Table:
     for one in planned:
         found, held = one.needs, one.needs.held
         fits = "fits" if one.fits else "TOO MUCH"
-        step = (
-            (human(found.sent, "B"), f"{found.step_seconds:.3g}", f"{found.hours:.3g}") if one.train else ("", "", "")
-        )
+        step = (size(found.sent), f"{found.step_seconds:.3g}", f"{found.hours:.3g}") if one.train else ("", "", "")
         table.add_row(
-            _short(one.stages), human(held.weights, "B"), human(held.gradients, "B"), human(held.moments, "B"),
-            human(held.copies + held.buffers, "B"), human(found.activations, "B"), human(found.peak, "B"), fits,
-            human(found.checkpoint, "B") if one.train else "", one.cache, *step,
+            _short(one.stages), size(held.weights), size(held.gradients), size(held.moments),
+            size(held.copies + held.buffers), size(found.activations), size(found.peak), fits,
+            size(found.checkpoint) if one.train else "", one.cache, *step,
         )  # fmt: skip
     return table
 
@@ -227,7 +225,7 @@ def _short(names: tuple[str, ...]) -> str:
 def advice(one: Planned, models: Models) -> str:
     """What to change, one thing after another until it fits."""
     least, changed = one.needs.peak, []
-    start = f"{_short(one.stages)} needs {gib(one.needs.peak)} of {gib(one.group.device.memory)}: "
+    start = f"{_short(one.stages)} needs {size(one.needs.peak)} of {size(one.group.device.memory)}: "
     if one.train is None:
         return (
             f"{start}every process holds the whole model; lower eval.batch_sequences, or measure it on a larger device"
@@ -236,8 +234,8 @@ def advice(one: Planned, models: Models) -> str:
         changed.append(change)
         least = models.needs(one.config, train, group).peak
         if least <= group.device.memory:
-            return f"{start}{', '.join(changed)} brings it to {gib(least)}"
-    return f"{start}even {', '.join(changed)} leaves {gib(least)}; take a larger device, or a smaller mixture"
+            return f"{start}{', '.join(changed)} brings it to {size(least)}"
+    return f"{start}even {', '.join(changed)} leaves {size(least)}; take a larger device, or a smaller mixture"
 
 
 def _changes(train: TrainConfig, group: Group, stage: str) -> Iterator[tuple[str, TrainConfig, Group]]:

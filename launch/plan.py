@@ -31,7 +31,7 @@ def human(number: float | None, unit: str = "") -> str:
     """1234567 -> "1.23M"."""
     if number is None:
         return ""
-    for size, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for size, letter in ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= size:
             return f"{number / size:.3g}{letter}{unit}"
     return f"{number:.3g}{unit}"

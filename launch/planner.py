@@ -17,8 +17,8 @@ from upcycle.cost import Shape
 from upcycle.footprint import Footprint
 from upcycle.optim import decays_by_name, group_of
 
-HOLES = 1.08  # allocators round up and leave holes; docs/planning.md says what was measured
-BUCKET, LIVE = 500_000_000, 1_000_000_000  # elements: DeepSpeed's reduce_bucket_size and stage3_max_live_parameters
+# Elements: DeepSpeed's reduce_bucket_size, stage3_max_live_parameters and stage3_prefetch_bucket_size.
+BUCKET, LIVE, FETCHED = 500_000_000, 1_000_000_000, 50_000_000
 ALIGNMENT = 2  # DeepSpeed pads flat buffers to multiples of this times N
 FP32 = 4
 OVERLAPS = ("ddp", "zero3", "fsdp2")  # exchanges run beside the backward
@@ -64,7 +64,7 @@ class Group:
 class Needs:
     """Of one training stage: bytes of the rank that needs most, and what an optimizer step and the whole stage take.
 
-    activations: see `Footprint`. peak: all of it at the worst moment, with the runtime's own and allocators' holes. checkpoint: the
+    activations: see `Footprint`. peak: all of it together, with the runtime's own. checkpoint: the
     tensors of one checkpoint, of all ranks together. sent: by a rank in a step.
     """
 
@@ -97,7 +97,7 @@ def needs(shape: Shape, found: Footprint, train: TrainConfig, group: Group) -> N
         parameters=found.numel(),
         held=held,
         activations=found.activations,
-        peak=peak_bytes(found, held, group, rounds),
+        peak=peak_bytes(found, held, group),
         checkpoint=checkpoint_bytes(found),
         sent=sent,
         flops=flops,
@@ -126,8 +126,9 @@ def held_bytes(found: Footprint, group: Group) -> Held:
         return Held(weights, own, moments, own, buffers)
     gradients = own if group.strategy == "zero2" else trained
     if group.offload:
-        return Held(every, gradients - own, 0, buffers=bucket, host=own + moments + own)
-    return Held(every, gradients, moments, own, bucket + own)  # its gradients once more, flat, for the update
+        return Held(every, gradients - own, 0, buffers=2 * bucket, host=own + moments + own)
+    # Gradients as they come, once more while they are exchanged, and those of its own part, flat, for the update.
+    return Held(every, gradients, moments, own, 2 * bucket + own)
 
 
 def share(found: Footprint, names: Iterable[str], group: Group) -> int:
@@ -151,25 +152,20 @@ def _cut(shape: tuple[int, ...], ranks: int) -> int:
 
 
 def _gathered(found: Footprint, group: Group) -> int:
-    """Bytes of whole weights that are there at once: up to DeepSpeed's limit and one layer; FSDP's layer, the one that is fetched meanwhile, and
+    """Bytes of whole weights that are there at once: up to DeepSpeed's limit and one layer, and what is being fetched; FSDP's layer, the one that is fetched meanwhile, and
     all that lies outside the layers."""
     layer = max(found.layers.values(), default=0)
     outside = found.numel() - sum(found.layers.values())
     if group.strategy == "zero3":
-        return FP32 * min(found.numel(), LIVE + layer)
+        return FP32 * (min(found.numel(), LIVE + layer) + min(found.numel(), FETCHED))
     return FP32 * min(found.numel(), 2 * layer + outside)
 
 
-def peak_bytes(found: Footprint, held: Held, group: Group, rounds: int) -> int:
-    """The worst moment of a step: in the backward, or where norms of gradients are taken, which squares one tensor at a time."""
-    staying = held.on_device - held.gradients
-    if group.strategy in ("single", "ddp", "zero1"):
-        backward = found.peak if rounds == 1 else held.gradients + found.activations
-        largest = FP32 * max(found.numel([name]) for name in found.trained)
-        staying += max(backward, held.gradients + largest)
-    else:
-        staying += held.gradients + found.activations
-    return int(HOLES * staying) + group.device.runtime
+def peak_bytes(found: Footprint, held: Held, group: Group) -> int:
+    """All at once. Gradients come while activations go, but an allocator seldom has the room of one in a piece for the other; without
+    graphs, norms of gradients square one tensor at a time."""
+    largest = FP32 * max(found.numel([name]) for name in found.trained)
+    return held.on_device + max(found.activations, largest) + group.device.runtime
 
 
 def checkpoint_bytes(found: Footprint) -> int:

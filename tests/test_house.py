@@ -28,7 +28,7 @@ LEVELS = {
     "explain": 8, "sharded": 8, "snapshot": 8, "zero": 8,
     "camex_learning": 8, "editing": 8, "folding": 9, "engines": 9, "api": 9, "dense": 9, "exporting": 9,
     "train": 10,
-    "stages": 11,
+    "footprint": 11, "stages": 11,
     "merge_api": 12,
 }  # fmt: skip
 REMOTE_CODE = {
@@ -237,6 +237,15 @@ def test_figures_of_random_kills_are_those_of_the_record():
     for found in records.values():
         assert found["differences"] == [] and found["damaged checkpoints"] == found["damaged checkpoints noticed"]
         assert in_short(found) in README and sentence(found) in (ROOT / "docs" / "cluster.md").read_text()
+
+
+def test_the_table_of_planned_memory_is_the_measured_one():
+    from launch.peak_memory import table
+
+    rows = json.loads((ROOT / "docs" / "planning.json").read_text())["rows"]
+    found = re.search(r"<!-- measured -->\n(.*?)\n<!-- end -->", (ROOT / "docs" / "planning.md").read_text(), re.S)
+    assert found is not None and found.group(1) == table(rows)
+    assert all(abs(row["planned"] / row["measured"] - 1) <= 0.15 for row in rows)
 
 
 def test_the_tables_of_camex_are_the_generated_ones():

@@ -35,8 +35,7 @@ from upcycle.train import Objective, checkpointing_options
 class Footprint:
     """One micro-batch's forward and backward. Bytes; of a run with several phases each figure is the largest.
 
-    activations: what is alive at once at most, weights and finished gradients apart. peak: the same with the gradients, which come while
-    activations go. shapes: of every parameter; buffers: those that are part of a checkpoint; layers: elements of each decoder layer.
+    activations: what is alive at once at most, weights and finished gradients apart. peak: the same with the gradients. shapes: of every parameter; buffers: those that are part of a checkpoint; layers: elements of each decoder layer.
     trained: the parameters of the phase that trains most of them; ever_trained: that any phase trains.
     """
 

@@ -1,6 +1,6 @@
 """How much memory a few steps of training really take, beside what `plan=true launch.gpu=cpu` says of them.
 
-    python -m evals.peak_memory DIR --strategy zero2 --processes 2
+    python -m launch.peak_memory DIR --strategy zero2 --processes 2
 
 trains the checkpoint in DIR on random tokens, through the training loop and the launcher that every run has, and prints JSON: planned and
 measured bytes of the rank that took most, above what its imports took. Linux only (VmHWM).
@@ -76,12 +76,12 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
 def own_command(options: argparse.Namespace) -> list[str]:
     """This program again, as the process or group that trains."""
     if options.strategy == "single":
-        return [sys.executable, "-m", "evals.peak_memory", *sys.argv[1:]]
+        return [sys.executable, "-m", "launch.peak_memory", *sys.argv[1:]]
     from launch.config import LaunchConfig
     from launch.groups import command
 
     whole = command(LaunchConfig(config=options.strategy, processes=options.processes), [], "")
-    return [*whole[: whole.index("launch.pipeline")], "evals.peak_memory", *sys.argv[1:]]
+    return [*whole[: whole.index("launch.pipeline")], "launch.peak_memory", *sys.argv[1:]]
 
 
 def planned(options: argparse.Namespace) -> Any:
