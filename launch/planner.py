@@ -119,8 +119,8 @@ def held_bytes(found: Footprint, group: Group) -> Held:
         return Held(FP32 * share(found, found.shapes, group), own, moments, buffers=_gathered(found, group))
     bucket = FP32 * (min(BUCKET, found.numel(found.trained)) if group.device.cpu else BUCKET)
     if group.strategy == "zero3":
-        copies = 3 if group.device.cpu else 2  # as gradients come, in the order of ranks and, by gloo, once more
-        weights, buffers = FP32 * share(found, found.shapes, group), copies * bucket + _gathered(found, group)
+        weights = FP32 * share(found, found.shapes, group)
+        buffers = _copies(group) * bucket + _gathered(found, group)
         if group.offload:
             return Held(0, 0, 0, buffers=buffers, host=weights + own + moments + own)
         return Held(weights, own, moments, own, buffers)
@@ -146,19 +146,25 @@ def share(found: Footprint, names: Iterable[str], group: Group) -> int:
 
 def _cut(shape: tuple[int, ...], ranks: int) -> int:
     """Elements of the first rank's part; see `sharded.sharded`."""
-    if len(shape) >= 3 and shape[0] % ranks and any(size % ranks == 0 for size in shape[1:]):
+    first, *rest = shape
+    if len(rest) >= 2 and first % ranks and any(size % ranks == 0 for size in rest):
         return math.prod(shape) // ranks
-    return math.ceil(shape[0] / ranks) * math.prod(shape[1:])
+    return math.ceil(first / ranks) * math.prod(rest)
 
 
 def _gathered(found: Footprint, group: Group) -> int:
-    """Bytes of whole weights that are there at once: up to DeepSpeed's limit and one layer, and what is being fetched; FSDP's layer, the one that is fetched meanwhile, and
-    all that lies outside the layers."""
+    """Bytes of what is there whole for a while: under zero3 weights up to DeepSpeed's limit and one layer, and those being fetched; under fsdp2 the
+    weights of a layer, of the next one and of all outside the layers, and the gradients of the largest of these while they are scattered."""
     layer = max(found.layers.values(), default=0)
     outside = found.numel() - sum(found.layers.values())
     if group.strategy == "zero3":
         return FP32 * (min(found.numel(), LIVE + layer) + min(found.numel(), FETCHED))
-    return FP32 * min(found.numel(), 2 * layer + outside)
+    return FP32 * (min(found.numel(), 2 * layer + outside) + _copies(group) * max(layer, outside))
+
+
+def _copies(group: Group) -> int:
+    """Of gradients that are being scattered: as they come, in the order of ranks and, by gloo, once more."""
+    return 3 if group.device.cpu else 2
 
 
 def peak_bytes(found: Footprint, held: Held, group: Group) -> int:

@@ -153,7 +153,7 @@ def footprint(config: PretrainedConfig, train: TrainConfig, strategy: str = "sin
     )
 
 
-def _traced(model: nn.Module, train: TrainConfig) -> Alive:
+def _traced(model: Any, train: TrainConfig) -> Alive:
     sequences, length = train.micro_batch_sequences, train.sequence_length
     alive = Alive(model)
     tokens, domains = torch.zeros(sequences, length, dtype=torch.long), torch.zeros(2, sequences, dtype=torch.long)
