@@ -45,7 +45,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     import upcycle.modeling  # noqa: F401  (registers the mixture's classes)
-    from evals.speed import random_domain
+    from evals.throughput import random_domain
     from upcycle.machine import keep_freed_memory
     from upcycle.store import Run
     from upcycle.team import join

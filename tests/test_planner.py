@@ -145,7 +145,7 @@ def test_phases_count_by_what_they_train():
 def test_a_checkpoint_has_just_so_many_bytes(tmp_path, biased):
     rule = {"bias_rate": 0.01} if biased else {}
     model = mixture(router="topk_softmax", router_options=rule)
-    from evals.speed import random_domain
+    from evals.throughput import random_domain
 
     data = {"random": random_domain(tmp_path / "random", VOCAB, TRAIN)}
     run = Run(say=lambda text: None, checkpoint_seconds=None, checkpoint_steps=2)
