@@ -118,7 +118,8 @@ def _train_all(
                 running.remove(job)
                 slots[job.share] = free[job.share]
                 if job.process.returncode == AGAIN:
-                    stopped, left = True, []  # the others are asked as well
+                    stopped, left = True, []
+                    stop.touch()  # for the others, where one process alone was signalled
                 elif not _ended_well(job, console):
                     failed.append(job)
             if live:

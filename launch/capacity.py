@@ -9,8 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from evals.stages import evaluate_model
-from launch.branches import shares
+from evals.stages import evaluate_ensemble, evaluate_model
 from launch.config import Config
 from launch.groups import launch_file, processes_of, strategy_of
 from launch.hardware import CPU, device
@@ -25,7 +24,9 @@ from upcycle.stages import draw_moe
 from upcycle.store import Artifact
 
 PER_MACHINE = 8  # devices of a machine, where nobody says how many
-RANKS_TRIED = 4  # doublings
+DOUBLINGS = 4  # of processes, that advice tries
+EVALUATIONS = (evaluate_model, evaluate_ensemble)
+WIDE = 190  # characters; a pipe has no width, and figures must not be cut
 
 
 @dataclass(frozen=True)
@@ -49,20 +50,22 @@ class Planned:
 
 
 def print_capacity(cfg: Config, experiment: Experiment, console: Console) -> None:
-    """Raises ValueError: an unknown launch.gpu; batches that the processes cannot share."""
+    """Raises ValueError: an unknown launch.gpu; nobody says how many processes."""
     assert cfg.launch.gpu is not None
     models = Models(cfg, experiment)
     planned = list(_planned(cfg, experiment, models))
     for group in dict.fromkeys(one.group for one in planned):
         console.print(f"\n{describe(cfg.launch, group)}", highlight=False)
+        narrow, console.width = console.width, max(WIDE, console.width)
         console.print(_table([one for one in planned if one.group == group]))
+        console.width = narrow
     console.print(
-        "Bytes of the rank that needs most; peak: all of them together. Checkpoint: of all ranks. Cache: of 1,000 tokens in generation, in bf16. "
+        "Bytes of the rank that needs most; peak: all of them together, and the runtime. FLOPs, sent: of a step. Checkpoint: of all ranks. Cache: of 1,000 tokens in generation, in bf16. "
         "Hours: of training, on all ranks. Rules, and how far off they were: docs/planning.md",
         highlight=False,
     )
     for one in planned:
-        for remark in (_uneven(one), "" if one.fits else advice(one, models)):
+        for remark in (_uneven(one), "" if one.fits else advice(one, models, cfg.launch)):
             if remark:
                 console.print(remark, style="bold", highlight=False)
 
@@ -99,34 +102,34 @@ class Models:
     def needs(self, config: Any, train: TrainConfig, group: Group) -> Needs:
         from upcycle.footprint import footprint
 
-        strategy = (
-            group.strategy if train.gradient_checkpointing else "single"
-        )  # nothing else of the trace depends on it
+        # Nothing else of a trace depends on the strategy.
+        strategy = group.strategy if train.gradient_checkpointing else "single"
         key = (config.to_json_string(), train.micro_batch_sequences, train.sequence_length, train.precision)
         key = (*key, train.gradient_checkpointing, train.phases, strategy)
         if key not in self._traced:
             self._traced[key] = footprint(config, train, strategy)
         return needs(Shape.of_config(config.to_dict()), self._traced[key], train, group)
 
-    def evaluation(self, config: Any, settings: EvalConfig, group: Group) -> Needs:
-        """Every rank holds the whole model, in fp32."""
+    def evaluation(self, config: Any, settings: EvalConfig, copies: int, group: Group) -> Needs:
+        """Every rank holds the whole model in fp32, of an ensemble all of them."""
         from upcycle.footprint import forward_bytes
 
         weights, activations = forward_bytes(
             config, settings.batch_sequences, settings.sequence_length, settings.precision
         )
-        held = Held(weights, 0, 0)
-        peak = weights + activations + group.device.runtime
-        return Needs(weights // 4, held, activations, peak, 0, 0, 0.0, 0.0, 0, group.ranks)
+        held = Held(copies * weights, 0, 0)
+        peak = held.on_device + activations + group.device.runtime
+        return Needs(weights // 4, held, activations, peak, 0, 0, 0.0, 0.0, 0)
 
 
 def _planned(cfg: Config, experiment: Experiment, models: Models) -> Iterator[Planned]:
     """Stages that train or evaluate and are not done; those alike together."""
     alike: dict[tuple, list[Artifact]] = {}
     for stage in experiment.store.stages.values():
-        if not stage.finished and (train_of(stage) is not None or stage.function is evaluate_model):
+        if not stage.finished and (train_of(stage) is not None or stage.function in EVALUATIONS):
             kind, _, name = stage.name.partition("/")
-            alike.setdefault((kind, models.config(name).to_json_string(), repr(_settings(stage))), []).append(stage)
+            key = (kind, models.config(name).to_json_string(), repr(_settings(stage)), _copies(stage))
+            alike.setdefault(key, []).append(stage)
     for stages in alike.values():
         kind, _, name = stages[0].name.partition("/")
         config, settings, group = models.config(name), _settings(stages[0]), group_of(cfg.launch, kind)
@@ -134,31 +137,38 @@ def _planned(cfg: Config, experiment: Experiment, models: Models) -> Iterator[Pl
         if isinstance(settings, TrainConfig):
             yield Planned(names, config, settings, group, models.needs(config, settings, group))
         else:
-            yield Planned(names, config, None, group, models.evaluation(config, settings, group))
+            found = models.evaluation(config, settings, _copies(stages[0]), group)
+            yield Planned(names, config, None, group, found)
 
 
 def _settings(stage: Artifact) -> TrainConfig | EvalConfig:
     """Those that memory depends on: which texts a training reads is not among them."""
     train = train_of(stage)
-    return stage.config if train is None else replace(train, proportions={"all": 1.0}, rng_seed=0)
+    if train is None:
+        return stage.config["eval"] if stage.function is evaluate_ensemble else stage.config
+    return replace(train, proportions={"all": 1.0}, rng_seed=0)
+
+
+def _copies(stage: Artifact) -> int:
+    """How many models a stage holds at once."""
+    return len(stage.inputs["models"]) if stage.function is evaluate_ensemble else 1
 
 
 def group_of(launch: LaunchConfig, kind: str) -> Group:
     """The processes that make a stage of this kind. Raises ValueError: nobody says how many; an unknown launch.gpu."""
     assert launch.gpu is not None
     own = launch.of(kind) if isinstance(launch, SlurmConfig) else launch
+    at_once = own.parallel_branches if kind == "branch" else 1
     machines, ranks, strategy = own.machines, 1, "single"
     if own.config is not None:
         strategy = strategy_of(launch_file(own))
         if isinstance(own, SlurmConfig):
             machines, ranks = own.nodes, own.processes or own.nodes * (own.gpus or 1)
-        elif kind == "branch" and own.parallel_branches > 1:
-            ranks = shares(own)[0]["processes"]
         else:
-            ranks = processes_of(own)
+            ranks = max(1, processes_of(own) // at_once)
     if machines == 1 and launch.gpu != CPU and not isinstance(own, SlurmConfig):
         machines = -(-ranks // PER_MACHINE)
-    found = device(launch.gpu, -(-ranks // machines))
+    found = device(launch.gpu, at_once * -(-ranks // machines))
     link = found.link if machines == 1 else min(found.link, launch.interconnect * 1e9 / 8)
     return Group(strategy, ranks, found, link, launch.utilisation, own.offload != "none")
 
@@ -180,7 +190,7 @@ def _uneven(one: Planned) -> str:
         return ""
     return (
         f"{_short(one.stages)}: {ranks} processes cannot share batches of {train.batch_sequences} sequences in micro-batches of "
-        f"{train.micro_batch_sequences}; it will be refused, and is planned as one micro-batch each"
+        f"{train.micro_batch_sequences}; the run will be refused"
     )
 
 
@@ -188,33 +198,42 @@ def size(count: float) -> str:
     return human(count, "B")
 
 
+COLUMNS = [
+    "weights",
+    "gradients",
+    "moments",
+    "buffers",
+    "host",
+    "activations",
+    "peak",
+    "-",
+    "checkpoint",
+    "cache",
+    "FLOPs",
+    "sent",
+    "s/step",
+    "hours",
+]
+
+
 def _table(planned: list[Planned]) -> Table:
+    """host: only where something is kept there."""
+    columns = [name for name in COLUMNS if name != "host" or any(one.needs.held.host for one in planned)]
     table = Table(title=None, box=None, header_style="bold", pad_edge=False)
     table.add_column("stage", no_wrap=True)
-    for title in (
-        "weights",
-        "gradients",
-        "moments",
-        "buffers",
-        "activations",
-        "peak",
-        "",
-        "checkpoint",
-        "cache",
-        "sent",
-        "s/step",
-        "hours",
-    ):
-        table.add_column(title, justify="right", no_wrap=True)
+    for name in columns:
+        table.add_column(name.replace("-", ""), justify="right", no_wrap=True)
     for one in planned:
         found, held = one.needs, one.needs.held
-        fits = "fits" if one.fits else "TOO MUCH"
-        step = (size(found.sent), f"{found.step_seconds:.3g}", f"{found.hours:.3g}") if one.train else ("", "", "")
-        table.add_row(
-            _short(one.stages), size(held.weights), size(held.gradients), size(held.moments),
-            size(held.copies + held.buffers), size(found.activations), size(found.peak), fits,
-            size(found.checkpoint) if one.train else "", one.cache, *step,
-        )  # fmt: skip
+        row = {
+            "weights": size(held.weights), "gradients": size(held.gradients), "moments": size(held.moments),
+            "buffers": size(held.copies + held.buffers), "host": size(held.host), "activations": size(found.activations),
+            "peak": size(found.peak), "-": "fits" if one.fits else "TOO MUCH", "cache": one.cache,
+        }  # fmt: skip
+        if one.train:
+            row |= {"checkpoint": size(found.checkpoint), "FLOPs": human(found.flops), "sent": size(found.sent)}
+            row |= {"s/step": f"{found.step_seconds:.3g}", "hours": f"{found.hours:.3g}"}
+        table.add_row(_short(one.stages), *(row.get(name, "") for name in columns))
     return table
 
 
@@ -222,38 +241,45 @@ def _short(names: tuple[str, ...]) -> str:
     return names[0] + (f" +{len(names) - 1}" if len(names) > 1 else "")
 
 
-def advice(one: Planned, models: Models) -> str:
+def advice(one: Planned, models: Models, launch: LaunchConfig) -> str:
     """What to change, one thing after another until it fits."""
-    least, changed = one.needs.peak, []
-    start = f"{_short(one.stages)} needs {size(one.needs.peak)} of {size(one.group.device.memory)}: "
+    memory, weights = one.group.device.memory, one.needs.held.weights
+    start = f"{_short(one.stages)} needs {size(one.needs.peak)} of {size(memory)}: "
     if one.train is None:
-        return (
-            f"{start}every process holds the whole model; lower eval.batch_sequences, or measure it on a larger device"
-        )
-    for change, train, group in _changes(one.train, one.group, one.stages[0]):
-        changed.append(change)
+        smaller = "lower eval.batch_sequences, or " if weights < memory else ""
+        return f"{start}every process holds all of it, {size(weights)} in fp32; {smaller}measure it on a larger device"
+    least, changed = one.needs.peak, dict[str, str]()
+    for setting, value, train, group in _changes(one, launch):
+        changed[setting] = value
         least = models.needs(one.config, train, group).peak
-        if least <= group.device.memory:
-            return f"{start}{', '.join(changed)} brings it to {size(least)}"
-    return f"{start}even {', '.join(changed)} leaves {size(least)}; take a larger device, or a smaller mixture"
+        if least <= memory:
+            break
+    said = ", ".join(f"{setting}={value}" for setting, value in changed.items())
+    if least <= memory:
+        return f"{start}{said} brings it to {size(least)}"
+    return f"{start}even {said or 'nothing left to change'} leaves {size(least)}; take a larger device, or a smaller mixture"
 
 
-def _changes(train: TrainConfig, group: Group, stage: str) -> Iterator[tuple[str, TrainConfig, Group]]:
-    """Each with those before it."""
-    kind = stage.partition("/")[0]
+def _changes(one: Planned, launch: LaunchConfig) -> Iterator[tuple[str, str, TrainConfig, Group]]:
+    """Settings to change, each together with those before it. On CPUs more processes share the same memory, and so does what is offloaded."""
+    train, group, kind = one.train, one.group, one.stages[0].partition("/")[0]
+    assert train is not None
     where = {"seed": "seed.train", "mix": "mix"}.get(kind, "branch")  # dense continuations follow the branches
     if not train.gradient_checkpointing:
         train = replace(train, gradient_checkpointing=True)
-        yield f"{where}.gradient_checkpointing=true", train, group
+        yield f"{where}.gradient_checkpointing", "true", train, group
     if train.micro_batch_sequences > 1:
         train = replace(train, micro_batch_sequences=1)
-        yield f"{where}.micro_batch_sequences=1", train, group
-    if group.ranks > 1 and group.strategy not in ("zero3", "fsdp2"):
+        yield f"{where}.micro_batch_sequences", "1", train, group
+    if group.strategy not in ("zero3", "fsdp2") and (group.ranks > 1 or not group.device.cpu):
         group = replace(group, strategy="zero3")
-        yield "launch.config=zero3", train, group
-    for _ in range(RANKS_TRIED if group.ranks > 1 else 0):
-        if train.batch_sequences % (2 * group.ranks) == 0:
-            group = replace(group, ranks=2 * group.ranks)
-            yield f"launch.processes={group.ranks}", train, group
-    if group.strategy.startswith("zero") and not group.offload:
-        yield "launch.offload=cpu", train, replace(group, offload=True)
+        yield "launch.config", "zero3", train, group
+    by_nodes = isinstance(launch, SlurmConfig) and launch.processes is None
+    for doublings in range(1, DOUBLINGS + 1):
+        ranks = one.group.ranks * 2**doublings
+        if not group.device.cpu and train.batch_sequences % ranks == 0:
+            group = replace(group, ranks=ranks)
+            value = launch.nodes * 2**doublings if isinstance(launch, SlurmConfig) and by_nodes else ranks
+            yield "launch.nodes" if by_nodes else "launch.processes", str(value), train, group
+    if group.strategy.startswith("zero") and not group.offload and not group.device.cpu:
+        yield "launch.offload", "cpu", train, replace(group, offload=True)

@@ -92,6 +92,8 @@ def _keep_inner(copy: Path) -> None:
     if inner not in (None, "none"):
         beside = copy.parent / "deepspeed" / Path(inner).name
         beside.parent.mkdir(exist_ok=True)
+        if not Path(inner).is_file():
+            raise ValueError(f"{copy.name}: deepspeed_config_file={inner}: no such file; give its absolute path")
         shutil.copyfile(inner, beside)
         OmegaConf.update(found, "deepspeed_config.deepspeed_config_file", str(beside))
         OmegaConf.save(found, copy)

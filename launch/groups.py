@@ -243,7 +243,7 @@ def main() -> None:
     stopping.end_with_parent()
     os.environ[stopping.PARENT] = str(os.getpid())
     if stopping.PASSED_ON in os.environ:
-        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGINT,SIGHUP,SIGQUIT"
+        os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGINT,SIGHUP,SIGQUIT"  # torchrun's --signals-to-handle
         signal.signal(signal.SIGTERM, _pass_on)
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -261,6 +261,8 @@ def main() -> None:
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
         print(f"upcycle: rank {rank} was {how}; the other processes of its group were stopped", file=sys.stderr)
         sys.exit(1)
+    except subprocess.CalledProcessError as error:  # of a launch file for one process, which has said why
+        sys.exit(AGAIN if error.returncode == AGAIN else 1)
 
 
 if __name__ == "__main__":

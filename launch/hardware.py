@@ -43,7 +43,7 @@ DEVICES = {
     "rtx4090-24": _of_sheet(24, 165, 82.6, 32),
 }
 CPU = "cpu"
-CPU_RUNTIME = 150_000_000  # measured: docs/planning.md
+CPU_RUNTIME = 150_000_000  # that a process grows by with its first steps, whatever the model: docs/planning.md
 CPU_LINK = 2e9  # gloo's, between processes of one machine
 
 

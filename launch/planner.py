@@ -77,7 +77,6 @@ class Needs:
     flops: float
     step_seconds: float
     steps: int
-    ranks: int
 
     @property
     def hours(self) -> float:
@@ -86,8 +85,8 @@ class Needs:
 
 def needs(shape: Shape, found: Footprint, train: TrainConfig, group: Group) -> Needs:
     """shape: of the same model as `found`."""
-    held = held_bytes(found, group)
     rounds = max(1, train.batch_sequences // (group.ranks * train.micro_batch_sequences))
+    held = held_bytes(found, group, rounds)
     flops = train.batch_tokens * shape.step_flops_per_token(train.sequence_length, train.micro_batch_sequences)
     sent = sent_bytes(found, group, rounds)
     passes = 4 / 3 if train.gradient_checkpointing else 1.0  # layers run forward once more
@@ -103,15 +102,15 @@ def needs(shape: Shape, found: Footprint, train: TrainConfig, group: Group) -> N
         flops=flops,
         step_seconds=max(computing, exchanging) if group.strategy in OVERLAPS else computing + exchanging,
         steps=train.steps,
-        ranks=group.ranks,
     )
 
 
-def held_bytes(found: Footprint, group: Group) -> Held:
-    """Of the engines: PlainEngine (single, ddp), ShardedEngine (fsdp2), ZeroEngine (zero1, zero2, zero3)."""
+def held_bytes(found: Footprint, group: Group, rounds: int = 1) -> Held:
+    """Of micro-batches in `rounds` of a step. Of the engines: PlainEngine (single, ddp), ShardedEngine (fsdp2), ZeroEngine (zero1, zero2, zero3)."""
     every, trained = FP32 * found.numel(), FP32 * found.numel(found.trained)
     if group.strategy in ("single", "ddp"):
-        buckets = trained if group.strategy == "ddp" and group.ranks > 1 else 0  # gradients are copied to be exchanged
+        # DDP's gradients lie in its buckets; those of micro-batches that exchange nothing lie apart until the last one.
+        buckets = trained if group.strategy == "ddp" and group.ranks > 1 and rounds > 1 else 0
         return Held(every, trained, 2 * FP32 * found.numel(found.ever_trained), buffers=buckets)
     own = FP32 * share(found, found.trained, group)
     moments = 2 * FP32 * share(found, found.ever_trained, group)

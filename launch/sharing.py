@@ -43,7 +43,8 @@ def count_on(stages: Sequence[Artifact], jobs: Mapping[str, str], run: Path) -> 
     for stage in stages:
         job, known = jobs[stage.name], record.get(stage.name, {})
         with _noting(stage.path) as note:
-            runs = json.loads(note.read_text())["runs"]
+            noted = json.loads(note.read_text())
+            job, runs = noted["job"], noted["runs"]  # another submission may have made a new one since
             write_json(note, {"job": job, "runs": list(dict.fromkeys([*runs, str(run.absolute())]))})
         if known.get("job") != job:
             after = submitted_stages(Path(runs[0])).get(stage.name, {}).get("after", [])

@@ -172,8 +172,7 @@ def print_sweep(arguments: list[str]) -> int:
     try:
         if len(arguments) != 1:
             raise ValueError(f"sweep: got {' '.join(arguments) or 'nothing'}, expected one: upcycle sweep NAME")
-        named = Path(arguments[0])
-        text, failed = write_tables(named if named.is_dir() else RUNS / named)
+        text, failed = write_tables(_sweep(arguments[0]) or RUNS / arguments[0])
     except (ValueError, OSError, RuntimeError) as error:
         return _refused(error)
     print(text)

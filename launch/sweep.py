@@ -186,11 +186,11 @@ class Table(Callback):
             text, Table.failed = write_tables(root)
             print(text)
             job = submit_table(root, [point.where for point in points_of(root)])
-        except RuntimeError as error:  # else Hydra would make a warning of it
+        except (RuntimeError, ValueError, OSError) as error:  # else Hydra would make a warning of it
             print(f"upcycle: the sweep's table: {error}; `upcycle sweep {root}` writes it", file=sys.stderr)
             Table.failed = True
             return
         if job is not None:
             print(
-                f"{job:16} writes it again when the jobs of all points have ended; `upcycle status {root}` follows them"
+                f"{job:16} writes it again when all jobs of all points have ended; `upcycle status {root}` follows them"
             )

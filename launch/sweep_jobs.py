@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from launch.copies import keep_code, new_copy
@@ -39,29 +39,21 @@ def submit_table(sweep: Path, points: Sequence[Path]) -> str | None:
     """
     records = {point: submitted_stages(point) for point in points}
     queued = queue(entry["job"] for record in records.values() for entry in record.values())
-    waited = [point for point, record in records.items() if any(one["job"] in queued for one in record.values())]
+    # All of them, not the last ones only: those are cancelled at once where a stage before them fails, while others still run.
+    waited = {
+        entry["job"]: point for point, record in records.items() for entry in record.values() if entry["job"] in queued
+    }
     if not waited:
         return None
-    launch, code = SlurmConfig(**read_settings(waited[0])["launch"]), new_copy(sweep)
+    launch, code = SlurmConfig(**read_settings(next(iter(waited.values())))["launch"]), new_copy(sweep)
     keep_code(code)
     (sweep / "slurm" / "logs").mkdir(exist_ok=True)
     before = table_job(sweep)
-    job = sbatch(table_script(sweep, launch, code), "afterany", last_jobs(records.values(), queued))
+    job = sbatch(table_script(sweep, launch, code), "afterany", list(waited))
     write_json(sweep / TABLE_JOB, {"job": job})
     if before is not None and queue([before]):
         slurm("scancel", "--state=PENDING", before)
     return job
-
-
-def last_jobs(records: Iterable[Mapping[str, Mapping]], queued: Collection[str]) -> list[str]:
-    """Of what runs have in the queue, the jobs that no other of theirs waits for. records: of `submitted_stages`."""
-    jobs, needed = dict[str, None](), set[str]()
-    for record in records:
-        for entry in record.values():
-            if entry["job"] in queued:
-                jobs[entry["job"]] = None
-                needed |= {record[name]["job"] for name in entry.get("after", ()) if name in record}
-    return [job for job in jobs if job not in needed]
 
 
 def cancel_sweep(sweep: Path, points: Sequence[Path]) -> tuple[list[str], list[str]]:

@@ -199,6 +199,8 @@ class Rounds:
             while not ended.is_set() and not hit:
                 if found := members(where):  # it is not there in its first moments
                     hit.append(strike(found, victim, rank, sent or 0, self.draw))
+                else:
+                    ended.wait(0.05)
 
         thread = threading.Thread(target=wait_and_strike)
         if sent is not None:
@@ -260,7 +262,7 @@ def in_short(found: dict[str, Any]) -> str:
             f"; {found['driver']} of the command alone, {found['rank']} of one rank, {found['all']} of all processes"
         )
     runs = "1 run" if found["rounds"] == 1 else f"{found['rounds']} runs"
-    damaged = f"{found['damaged checkpoints']} damaged checkpoints, all {found['damaged checkpoints noticed']} noticed"
+    damaged = f"{found['damaged checkpoints']} damaged checkpoints, {found['damaged checkpoints noticed']} noticed"
     if not found["damaged checkpoints"]:
         damaged = "no checkpoint damaged"
     return f"{counts}) over {runs}, {damaged}; {len(found['differences'])} differences"
@@ -287,7 +289,7 @@ def main(arguments: list[str]) -> int:
     if chosen.json:
         records = json.loads(chosen.json.read_text()) if chosen.json.exists() else {}
         chosen.json.write_text(json.dumps(records | {str(chosen.processes): found}, indent=1) + "\n")
-    return int(bool(found["differences"]))
+    return int(bool(found["differences"]) or found["damaged checkpoints"] != found["damaged checkpoints noticed"])
 
 
 if __name__ == "__main__":

@@ -59,10 +59,10 @@ def test_what_is_alive_is_counted_and_let_go():
     with Alive(nn.Module()) as alive:
         kept = Chain()(x)
         assert alive.now == 4000 + 4  # tanh's output and the sum; the square has gone
-        assert alive.peak == 2 * 4000 + 4
+        assert alive.activations == 2 * 4000 + 4
         kept.backward()
-        del kept
-    assert alive.peak >= 2 * 4000
+        assert alive.now == 4000 + 4 and x.grad is not None  # the output has given way to the gradient
+        assert alive.activations == 4 * 4000 + 8
 
 
 def test_gradients_come_while_activations_go():
@@ -76,8 +76,7 @@ def test_gradients_come_while_activations_go():
         out.backward()
     alive.over()
     assert alive.gradients == 3 * 100 * 100 * 4
-    assert alive.peak >= alive.gradients + 50 * 100 * 4
-    assert outputs < alive.activations < alive.peak
+    assert outputs < alive.activations < outputs + alive.gradients  # gradients that are done are counted apart
 
 
 @pytest.mark.parametrize("kind", [*FAMILY_CONFIGS])
@@ -86,7 +85,6 @@ def test_every_family_is_traced(kind):
     found = footprint(config, TRAIN)
     assert found.numel() == Shape.of_config(config.to_dict()).parameters
     assert found.trained == found.ever_trained == tuple(found.shapes)
-    assert found.activations <= found.peak <= found.activations + 4 * found.numel()
     assert found.activations > 2 * 16 * VOCAB * 4  # the logits at least
 
 
@@ -108,8 +106,7 @@ def test_a_trace_is_what_a_step_with_values_keeps():
     with alive:
         Objective(model, "fp32", 1)(tokens, domains, count, count, 0)["loss"].backward()
     found = footprint(model.config, TRAIN)
-    for ours, real in ((found.peak, alive.peak), (found.activations, alive.activations)):
-        assert 0 <= ours - real <= 64  # a few numbers are tensors of one element there
+    assert 0 <= found.activations - alive.activations <= 64  # a few numbers are tensors of one element there
 
 
 def test_longer_micro_batches_keep_more_and_checkpointing_less():
@@ -203,7 +200,8 @@ def test_partitions_shrink_with_ranks_and_offload_leaves_the_device():
         return held_bytes(found, Group(strategy, ranks, MADE, 1.0, 1.0, offload))
 
     whole, every = held("ddp"), 4 * found.numel()
-    assert (whole.weights, whole.gradients, whole.moments, whole.buffers) == (every, every, 2 * every, every)
+    assert (whole.weights, whole.gradients, whole.moments, whole.buffers) == (every, every, 2 * every, 0)
+    assert held_bytes(found, Group("ddp", 4, MADE, 1.0, 1.0), rounds=2).buffers == every
     for strategy, parts in {"zero1": (1, 1, 4), "zero2": (1, 4, 4), "zero3": (4, 4, 4), "fsdp2": (4, 4, 4)}.items():
         one = held(strategy)
         for size, full, part in zip(
@@ -218,9 +216,11 @@ def test_partitions_shrink_with_ranks_and_offload_leaves_the_device():
 
 def shown(*overrides):
     cfg = configured(*overrides)
-    console = Console(file=io.StringIO(), width=200)
+    console = Console(file=io.StringIO(), width=80)
     print_capacity(cfg, declared(*overrides), console)
-    return console.file.getvalue()
+    text = console.file.getvalue()
+    assert "…" not in text  # no figure is cut
+    return text
 
 
 def test_the_plan_says_what_fits():
@@ -243,7 +243,7 @@ def test_advice_is_followed_until_it_fits(monkeypatch):
     (row,) = [line for line in again.splitlines() if line.startswith("mix/bam ")]
     assert "fits" in row
     monkeypatch.setitem(DEVICES, "none", replace(small, memory=1000))
-    assert "take a larger device, or a smaller mixture" in shown("launch.gpu=none")
+    assert "take a larger device, or a smaller mixture" in shown("launch.gpu=none", "mix.micro_batch_sequences=1")
 
 
 def test_batches_that_cannot_be_shared_are_said():
@@ -264,6 +264,39 @@ def test_batches_that_cannot_be_shared_are_said():
 def test_groups_and_their_slowest_link(launch, expected):
     found = group_of(configured("launch.gpu=h100-80", *launch).launch, "mix")
     assert (found.strategy, found.ranks, found.link) == expected
+
+
+def test_branches_side_by_side_share_the_processes_and_the_memory():
+    launch = configured(
+        "launch.gpu=h100-80", "launch.config=ddp", "launch.processes=8", "launch.parallel_branches=4"
+    ).launch
+    assert (group_of(launch, "branch").ranks, group_of(launch, "mix").ranks) == (2, 8)
+    alone = group_of(configured("launch.gpu=cpu").launch, "branch")
+    beside = group_of(configured("launch.gpu=cpu", "launch.parallel_branches=2").launch, "branch")
+    assert beside.device.memory == alone.device.memory // 2
+
+
+def test_an_ensemble_holds_all_its_models():
+    rows = {
+        line.split()[0]: line.split()
+        for line in shown("launch.gpu=h100-80", "btm={top_k: null}").splitlines()
+        if " fits " in line
+    }
+    assert rows["eval/btm"][1] == "34.6MB" and rows["eval/seed"][2] == "8.66MB"
+
+
+def test_what_more_processes_can_do_is_tried_on_devices_only(monkeypatch):
+    monkeypatch.setitem(DEVICES, "small", replace(DEVICES["h100-80"], memory=30_000_000, runtime=0))
+    group = ("launch.config=zero2", "launch.processes=2")
+    text = shown("launch.gpu=small", *group)
+    assert "launch.config=zero3" in text and "launch.offload=cpu" in text
+    monkeypatch.setattr(
+        "launch.capacity.device", lambda name, processes: Device(30_000_000, 1e9, 1e9, 1e9, 0, cpu=True)
+    )
+    text = shown("launch.gpu=cpu", *group)
+    assert "launch.config=zero3" in text and "launch.offload" not in text and "launch.processes" not in text
+    text = shown("launch.gpu=cpu", "launch=slurm", "launch.config=zero2", "launch.gpus=2")
+    assert "launch.config=zero3" in text
 
 
 def test_a_kind_of_job_may_have_processes_of_its_own():

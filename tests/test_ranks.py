@@ -16,15 +16,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
+from launch.hardware import DEVICES
+from launch.planner import Group, held_bytes
 from tests.crashes import run_again_after_a_fault
 from tests.domains import two_domains
 from tests.ranks import run_job
 from tests.tables import assert_table
 from tests.tiny import dense_models, mixture_of
 from upcycle.checkpoint import Checkpoint
+from upcycle.config import TrainConfig
 from upcycle.families import FAMILIES
+from upcycle.footprint import footprint
 
 ROOT = Path(__file__).resolve().parent.parent
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
@@ -247,6 +253,15 @@ def test_the_engine_is_what_was_asked_for_and_its_state_is_partitioned(shop, str
     assert whole <= sum(found["optimizer_bytes"])  # nothing is lost; DeepSpeed pads its buffers
     for share in found["optimizer_bytes"]:
         assert share <= 0.55 * whole
+
+
+@pytest.mark.slow
+def test_moments_are_those_of_the_plan_to_the_byte(shop, strategy):
+    """Of a run with one phase, on the rank that holds most."""
+    train = TypeAdapter(TrainConfig).validate_python(TRAIN | {"phases": [{}]})
+    trace = footprint(AutoConfig.from_pretrained(shop / "btx"), train)
+    plan = held_bytes(trace, Group(strategy, 2, DEVICES["h100-80"], 1.0, 1.0))
+    assert max(facts(shop / strategy / "alone")["optimizer_bytes"]) == plan.moments
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from launch import scheduler
 from launch.status import print_cancelled, print_status
 from launch.sweep import Table, note_point, points_of, read_points, write_tables
-from launch.sweep_jobs import last_jobs, submit_table, table_job
+from launch.sweep_jobs import submit_table, table_job
 from tests.test_jobs import Slurm
 
 STAGES = ("seed", "mix/btx", "eval/btx", "report")
@@ -88,10 +88,10 @@ def submitted_words(slurm):
     return [words for words in slurm.calls if words[0] == "sbatch"]
 
 
-def test_the_table_waits_for_the_last_jobs_of_all_points_however_they_end(sweep, slurm):
+def test_the_table_waits_for_all_jobs_of_all_points_however_they_end(sweep, slurm):
     points = [point.where for point in points_of(sweep)]
     assert submit_table(sweep, points) == table_job(sweep) == "1"
-    assert submitted_words(slurm) == [("sbatch", "--parsable", "--dependency=afterany:13")]
+    assert submitted_words(slurm) == [("sbatch", "--parsable", "--dependency=afterany:11:12:13")]
     options = dict(re.findall(r"^#SBATCH --([\w-]+)=(.*)$", slurm.script, re.M))
     assert options["partition"] == "p" and options["time"] == "5" and options["job-name"] == "rates:table"
     assert f"-m launch.cli sweep {sweep}" in slurm.script and "{{" not in slurm.script
@@ -109,13 +109,6 @@ def test_without_jobs_in_the_queue_no_job_is_submitted_for_the_table(sweep, slur
     slurm.rows = {}
     assert submit_table(sweep, [point.where for point in points_of(sweep)]) is None
     assert not submitted_words(slurm) and table_job(sweep) is None
-
-
-def test_last_jobs_are_those_that_none_waits_for():
-    first = {"a": {"job": "1"}, "b": {"job": "2_0", "after": ["a"]}, "c": {"job": "3", "after": ["a"]}}
-    second = {"b": {"job": "2_0", "shared": "x"}, "d": {"job": "4", "after": ["b"]}}
-    assert last_jobs([first, second], {"1", "2_0", "3", "4"}) == ["3", "4"]
-    assert last_jobs([first, second], {"1", "2_0"}) == ["2_0"]
 
 
 def test_points_that_failed_or_were_refused_are_in_the_table(sweep, slurm):

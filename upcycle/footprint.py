@@ -35,12 +35,12 @@ from upcycle.train import Objective, checkpointing_options
 class Footprint:
     """One micro-batch's forward and backward. Bytes; of a run with several phases each figure is the largest.
 
-    activations: what is alive at once at most, weights and finished gradients apart. peak: the same with the gradients. shapes: of every parameter; buffers: those that are part of a checkpoint; layers: elements of each decoder layer.
-    trained: the parameters of the phase that trains most of them; ever_trained: that any phase trains.
+    activations: what is alive at once at most, weights and finished gradients apart. shapes: of every parameter. buffers: of those that
+    are part of a checkpoint. layers: elements of each decoder layer. trained: the parameters of the phase that trains most of them;
+    ever_trained: that any phase trains.
     """
 
     activations: int
-    peak: int
     shapes: Mapping[str, tuple[int, ...]]
     buffers: int
     layers: Mapping[int, int]
@@ -65,7 +65,7 @@ class Alive(TorchDispatchMode):
 
     def __init__(self, apart: nn.Module):
         super().__init__()
-        self.now = self.gradients = self.peak = self.activations = 0
+        self.now = self.gradients = self.activations = 0
         self._hooks: list[Any] = []
         # Kept by their storages' ids, which stay theirs as long as the model, which is outside, holds them.
         self._seen: dict[int, Any] = {
@@ -94,7 +94,6 @@ class Alive(TorchDispatchMode):
 
         self._seen[key] = weakref.ref(storage, gone)
         self.now += size
-        self.peak = max(self.peak, self.now)
         self.activations = max(self.activations, self.now - self.gradients)
 
     def over(self) -> None:
@@ -141,10 +140,9 @@ def footprint(config: PretrainedConfig, train: TrainConfig, strategy: str = "sin
         for phase in dict.fromkeys(phase.config for phase in plan_phases(train)):
             set_trainable(model, phase)
             trained.append([name for name, parameter in model.named_parameters() if parameter.requires_grad])
-            traces.append(_traced(model, train))
+            traces.append(_traced(model, train.precision, train.micro_batch_sequences, train.sequence_length))
     return Footprint(
         activations=max(trace.activations for trace in traces),
-        peak=max(trace.peak for trace in traces),
         shapes=shapes,
         buffers=buffers,
         layers=layers,
@@ -153,14 +151,15 @@ def footprint(config: PretrainedConfig, train: TrainConfig, strategy: str = "sin
     )
 
 
-def _traced(model: Any, train: TrainConfig) -> Alive:
-    sequences, length = train.micro_batch_sequences, train.sequence_length
+def _traced(model: Any, precision: str, sequences: int, length: int) -> Alive:
+    """A forward with its losses, and where gradients are recorded the backward."""
     alive = Alive(model)
     tokens, domains = torch.zeros(sequences, length, dtype=torch.long), torch.zeros(2, sequences, dtype=torch.long)
-    count = torch.tensor(train.batch_tokens)
+    count = torch.tensor(sequences * length)
     with alive:
-        parts = Objective(model, train.precision, len(train.proportions))(tokens, domains, count, count, 0)
-        parts["loss"].backward()
+        parts = Objective(model, precision, 1).train(model.training)(tokens, domains, count, count, 0)
+        if torch.is_grad_enabled():
+            parts["loss"].backward()
     alive.over()
     return alive
 
@@ -170,10 +169,5 @@ def forward_bytes(config: PretrainedConfig, sequences: int, length: int, precisi
     with _without_storage(config) as model, torch.no_grad():
         model.eval()
         weights = sum(parameter.nbytes for parameter in model.parameters())
-        alive = Alive(model)
-        tokens, domains = torch.zeros(sequences, length, dtype=torch.long), torch.zeros(2, sequences, dtype=torch.long)
-        count = torch.tensor(sequences * length)
-        with alive:
-            Objective(model, precision, 1).eval()(tokens, domains, count, count, 0)
-        alive.over()
-    return weights, alive.peak
+        alive = _traced(model, precision, sequences, length)
+    return weights, alive.activations

@@ -83,19 +83,11 @@ def passing_on() -> Iterator[Path]:
 def end_with_parent() -> None:
     """The kernel kills this process when the one that started it ends, by kill -9 too: nobody would end it any more, and it may hold a lock or a GPU.
 
-    For what one of ours or torchrun has started; no effect elsewhere, and on systems other than Linux.
+    For what one of ours or torchrun has started, from its main thread (the kernel's rule is of threads); no effect elsewhere, and on systems other than Linux.
     """
     parent = os.environ.pop(PARENT, None)  # not for what this process starts in turn
     if sys.platform != "linux" or (parent is None and ELASTIC not in os.environ):
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
-    if parent is not None and not _runs(int(parent)):  # it died before
+    if parent is not None and os.getppid() != int(parent):  # it died before
         sys.exit(TERMINATED)
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    return True

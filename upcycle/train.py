@@ -61,13 +61,14 @@ class Objective(nn.Module):
         domains_2B: the domain of each sequence, and one drawn for it (Batches.domains). targets, tokens: how many targets and tokens the whole optimizer step has, over all ranks and micro-batches.
         step: optimizer steps taken before this one.
         """
-        # bf16 copies of weights, all kept until the forward ends, are of use only where the backward takes them from there.
-        kept = self.training and not getattr(self.model, "is_gradient_checkpointing", False)
-        bf16 = self.precision == "bf16"
-        with torch.autocast(input_ids_BS.device.type, torch.bfloat16, enabled=bf16, cache_enabled=kept):
+        # bf16 copies of the decoder's weights, all kept until its forward ends, are of use only where the backward takes them from there.
+        kept = self.training and not self.model.is_activation_checkpointing
+        device, bf16 = input_ids_BS.device.type, self.precision == "bf16"
+        with torch.autocast(device, torch.bfloat16, enabled=bf16, cache_enabled=kept):
             trace = RoutingTrace(step=step) if self.mixture else None
             extra = {"trace": trace} if trace else {}
             hidden = self.model.base_model(input_ids=input_ids_BS, use_cache=False, **extra).last_hidden_state
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
             labels = next_token_labels(input_ids_BS)
             head = language_model_head(self.model)
             nats, _ = cross_entropy_sum(hidden.flatten(0, 1), head, labels.flatten(), self.model.config.vocab_size)
