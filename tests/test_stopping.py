@@ -230,6 +230,41 @@ def weights(where):
     return load_file(where / "artifacts" / manifest["seed"] / "model.safetensors")
 
 
+WAITS = """
+import os, sys, time
+from pathlib import Path
+(Path(sys.argv[1]) / os.environ.get("RANK", "0")).touch()
+asked = Path(os.environ["UPCYCLE_PASSED_ON_STOP_FILE"])
+until = time.monotonic() + 60
+while not asked.exists() and time.monotonic() < until:
+    time.sleep(0.1)
+sys.exit(75 if asked.exists() else 1)
+"""
+
+
+@pytest.mark.parametrize("file, ranks", [("ddp", 2), ("cpu", 1)])
+def test_a_launcher_that_is_signalled_asks_its_processes_and_ends_as_they_do(tmp_path, file, ranks):
+    (tmp_path / "waits.py").write_text(WAITS)
+    options = [
+        "--config_file",
+        str(groups.FILES / f"{file}.yaml"),
+        "--num_processes",
+        str(ranks),
+        "--num_machines",
+        "1",
+    ]
+    options += ["--machine_rank", "0", "--num_cpu_threads_per_process", "1", "-m", "waits", str(tmp_path)]
+    environment = os.environ | {stopping.PASSED_ON: str(tmp_path / "stop"), "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    launcher = subprocess.Popen([sys.executable, "-m", "launch.groups", *options], env=environment, cwd=tmp_path)
+    until = time.monotonic() + 120
+    while not all((tmp_path / str(rank)).exists() for rank in range(ranks)):
+        assert launcher.poll() is None and time.monotonic() < until
+        time.sleep(0.1)
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(timeout=60) == stopping.AGAIN
+    assert (tmp_path / "stop").exists()
+
+
 @pytest.mark.slow
 def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path):
     """Stopped by a file before it, by one after its first steps, by a signal later, and then not."""
