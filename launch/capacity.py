@@ -20,6 +20,7 @@ from launch.running import LaunchConfig, SlurmConfig
 from upcycle.config import EvalConfig, TrainConfig
 from upcycle.cost import Shape
 from upcycle.directories import resolve
+from upcycle.footprint import DependsOnValues, footprint, forward_bytes
 from upcycle.stages import draw_moe
 from upcycle.store import Artifact
 
@@ -52,8 +53,18 @@ class Planned:
 def print_capacity(cfg: Config, experiment: Experiment, console: Console) -> None:
     """Raises ValueError: an unknown launch.gpu; nobody says how many processes."""
     assert cfg.launch.gpu is not None
-    models = Models(cfg, experiment)
-    planned = list(_planned(cfg, experiment, models))
+    models, planned, remarks = Models(cfg, experiment), [], []
+    for stages in _alike(experiment, models):
+        try:
+            planned.append(_planned(stages, cfg.launch, models))
+        except DependsOnValues:
+            names = _short(tuple(stage.name for stage in stages))
+            remarks.append(
+                f"{names}: weights are merged once for each decision, and how many there are only a run knows; not planned"
+            )
+    if not planned and not remarks:
+        console.print("nothing here is left to train or to evaluate", highlight=False)
+        return
     for group in dict.fromkeys(one.group for one in planned):
         console.print(f"\n{describe(cfg.launch, group)}", highlight=False)
         narrow, console.width = console.width, max(WIDE, console.width)
@@ -64,10 +75,9 @@ def print_capacity(cfg: Config, experiment: Experiment, console: Console) -> Non
         "Hours: of training, on all ranks. Rules, and how far off they were: docs/planning.md",
         highlight=False,
     )
-    for one in planned:
-        for remark in (_uneven(one), "" if one.fits else advice(one, models, cfg.launch)):
-            if remark:
-                console.print(remark, style="bold", highlight=False)
+    remarks += filter(None, map(_uneven, planned))
+    for remark in (*remarks, *(advice(one, models, cfg.launch) for one in planned if not one.fits)):
+        console.print(remark, style="bold", highlight=False, soft_wrap=True)
 
 
 class Models:
@@ -100,8 +110,6 @@ class Models:
         return upcycled_config(self.dense, placed_experts(self.dense, branches, choice), choice)
 
     def needs(self, config: Any, train: TrainConfig, group: Group) -> Needs:
-        from upcycle.footprint import footprint
-
         # Nothing else of a trace depends on the strategy.
         strategy = group.strategy if train.gradient_checkpointing else "single"
         key = (config.to_json_string(), train.micro_batch_sequences, train.sequence_length, train.precision)
@@ -112,8 +120,6 @@ class Models:
 
     def evaluation(self, config: Any, settings: EvalConfig, copies: int, group: Group) -> Needs:
         """Every rank holds the whole model in fp32, of an ensemble all of them."""
-        from upcycle.footprint import forward_bytes
-
         weights, activations = forward_bytes(
             config, settings.batch_sequences, settings.sequence_length, settings.precision
         )
@@ -122,23 +128,25 @@ class Models:
         return Needs(weights // 4, held, activations, peak, 0, 0, 0.0, 0.0, 0)
 
 
-def _planned(cfg: Config, experiment: Experiment, models: Models) -> Iterator[Planned]:
-    """Stages that train or evaluate and are not done; those alike together."""
+def _alike(experiment: Experiment, models: Models) -> list[list[Artifact]]:
+    """Stages that train or evaluate and are not done; those that need the same together."""
     alike: dict[tuple, list[Artifact]] = {}
     for stage in experiment.store.stages.values():
         if not stage.finished and (train_of(stage) is not None or stage.function in EVALUATIONS):
             kind, _, name = stage.name.partition("/")
             key = (kind, models.config(name).to_json_string(), repr(_settings(stage)), _copies(stage))
             alike.setdefault(key, []).append(stage)
-    for stages in alike.values():
-        kind, _, name = stages[0].name.partition("/")
-        config, settings, group = models.config(name), _settings(stages[0]), group_of(cfg.launch, kind)
-        names = tuple(stage.name for stage in stages)
-        if isinstance(settings, TrainConfig):
-            yield Planned(names, config, settings, group, models.needs(config, settings, group))
-        else:
-            found = models.evaluation(config, settings, _copies(stages[0]), group)
-            yield Planned(names, config, None, group, found)
+    return list(alike.values())
+
+
+def _planned(stages: list[Artifact], launch: LaunchConfig, models: Models) -> Planned:
+    """Raises DependsOnValues."""
+    kind, _, name = stages[0].name.partition("/")
+    config, settings, group = models.config(name), _settings(stages[0]), group_of(launch, kind)
+    names = tuple(stage.name for stage in stages)
+    if isinstance(settings, TrainConfig):
+        return Planned(names, config, settings, group, models.needs(config, settings, group))
+    return Planned(names, config, None, group, models.evaluation(config, settings, _copies(stages[0]), group))
 
 
 def _settings(stage: Artifact) -> TrainConfig | EvalConfig:
@@ -188,10 +196,16 @@ def _uneven(one: Planned) -> str:
     ranks, train = one.group.ranks, one.train
     if train is None or train.batch_sequences % (ranks * train.micro_batch_sequences) == 0:
         return ""
+    where, micro = where_of(one.stages[0]), train.micro_batch_sequences
     return (
-        f"{_short(one.stages)}: {ranks} processes cannot share batches of {train.batch_sequences} sequences in micro-batches of "
-        f"{train.micro_batch_sequences}; the run will be refused"
+        f"{_short(one.stages)}: {ranks} processes cannot share batches of {train.batch_sequences} sequences in micro-batches of {micro}, and the run will "
+        f"be refused; make {where}.batch_sequences a multiple of {ranks * micro}, or {where}.micro_batch_sequences smaller"
     )
+
+
+def where_of(stage: str) -> str:
+    """The settings of a stage's training; dense continuations follow the branches."""
+    return {"seed": "seed.train", "mix": "mix"}.get(stage.partition("/")[0], "branch")
 
 
 def size(count: float) -> str:
@@ -262,9 +276,8 @@ def advice(one: Planned, models: Models, launch: LaunchConfig) -> str:
 
 def _changes(one: Planned, launch: LaunchConfig) -> Iterator[tuple[str, str, TrainConfig, Group]]:
     """Settings to change, each together with those before it. On CPUs more processes share the same memory, and so does what is offloaded."""
-    train, group, kind = one.train, one.group, one.stages[0].partition("/")[0]
+    train, group, where = one.train, one.group, where_of(one.stages[0])
     assert train is not None
-    where = {"seed": "seed.train", "mix": "mix"}.get(kind, "branch")  # dense continuations follow the branches
     if not train.gradient_checkpointing:
         train = replace(train, gradient_checkpointing=True)
         yield f"{where}.gradient_checkpointing", "true", train, group

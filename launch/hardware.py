@@ -47,17 +47,18 @@ CPU_RUNTIME = 150_000_000  # that a process grows by with its first steps, whate
 CPU_LINK = 2e9  # gloo's, between processes of one machine
 
 
-def device(name: str, processes: int) -> Device:
-    """The device that launch.gpu names; `cpu`: this machine, shared by `processes` of them.
+def check_name(name: str) -> None:
+    """Raises ValueError: no device of that name."""
+    known = [*DEVICES, CPU]
+    if name not in known:
+        raise ValueError(f"gpu={name}: expected one of {', '.join(known)}{nearest(name, known)}")
 
-    Raises ValueError: there is none of that name.
-    """
+
+def device(name: str, processes: int) -> Device:
+    """The device that launch.gpu names; `cpu`: this machine, shared by `processes` of them."""
     if name == CPU:
         from upcycle.machine import describe, matmul_peak_flops
 
         bf16, fp32 = (matmul_peak_flops(precision) / processes for precision in ("bf16", "fp32"))
         return Device(int(describe()["memory_bytes"]) // processes, bf16, fp32, CPU_LINK, CPU_RUNTIME, cpu=True)
-    if name not in DEVICES:
-        known = [*DEVICES, CPU]
-        raise ValueError(f"launch.gpu={name}: expected one of {', '.join(known)}{nearest(name, known)}")
     return DEVICES[name]

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from launch.hardware import check_name
 from upcycle.config import STRICT
 
 TIME = r"^\d+$|^(\d+-)?\d+(:\d+){1,2}$"  # as sbatch reads it
@@ -53,6 +54,8 @@ class LaunchConfig:
 
     @model_validator(mode="after")
     def _means_something(self):
+        if self.gpu is not None:
+            check_name(self.gpu)
         if self.machine_rank >= self.machines:
             raise ValueError(
                 f"machine_rank={self.machine_rank} is not below machines={self.machines}; machines are numbered from 0"

@@ -135,7 +135,11 @@ def hand_over(
             names = ", ".join(one.name for one in job.stages)
             console.print(f"{numbers:16} {names}", highlight=False, markup=False, soft_wrap=True)
     done = sum(stage.finished for stage in stages)
-    waiting = f", {len(queued)} were in the queue" if queued else ""
+    waiting = (
+        f", {len(queued)} were in the queue, with the settings that they were submitted with (`upcycle cancel` takes them back)"
+        if queued
+        else ""
+    )
     console.print(
         f"{len(jobs)} jobs submitted; {done} of {len(stages)} stages were done{waiting}. `upcycle status {_said(out)}` follows them",
         highlight=False, soft_wrap=True,

@@ -14,6 +14,7 @@ from rich.console import Console
 from safetensors import safe_open
 from torch import nn
 
+from launch import capacity
 from launch.capacity import Models, group_of, print_capacity
 from launch.hardware import CPU, DEVICES, Device, device
 from launch.planner import Group, checkpoint_bytes, held_bytes, needs, sent_bytes, share
@@ -305,9 +306,16 @@ def test_a_kind_of_job_may_have_processes_of_its_own():
     assert (group_of(launch, "branch").ranks, group_of(launch, "mix").ranks) == (2, 4)
 
 
-def test_an_unknown_device_is_refused():
-    with pytest.raises(ValueError, match=r"launch.gpu=h100: expected one of .*h100-80.*did you mean h100-80"):
-        device("h100", 1)
+def test_an_unknown_device_is_refused_with_the_settings():
+    with pytest.raises(ValueError, match=r"gpu=h100: expected one of .*h100-80.*did you mean h100-80"):
+        configured("launch.gpu=h100")
+
+
+def test_what_only_values_say_is_not_planned_and_the_rest_is():
+    layer = ("assemble@mixtures.btx.assemble=camex_layer", "mixtures.btx.assemble.router.pool.tokens=16")
+    text = shown("experiment=tiny", "launch.gpu=h100-80", *layer)
+    assert "mix/btx: weights are merged once for each decision" in text and "eval/btx: weights" in text
+    assert [line for line in text.splitlines() if line.startswith("mix/bam ") and " fits " in line]
 
 
 def test_this_machine_is_a_device_too():
@@ -318,7 +326,7 @@ def test_this_machine_is_a_device_too():
 
 def test_models_alike_are_traced_once(monkeypatch):
     calls = []
-    monkeypatch.setattr("upcycle.footprint.footprint", lambda *given: calls.append(given) or footprint(*given))
+    monkeypatch.setattr(capacity, "footprint", lambda *given: calls.append(given) or footprint(*given))
     cfg = configured("launch.gpu=h100-80")
     models = Models(cfg, declared("launch.gpu=h100-80"))
     group = group_of(cfg.launch, "mix")

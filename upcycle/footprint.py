@@ -18,7 +18,7 @@ from unittest import mock
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PretrainedConfig, masking_utils
@@ -50,6 +50,10 @@ class Footprint:
     def numel(self, names: Iterable[str] | None = None) -> int:
         """Of these parameters together, or of all."""
         return sum(math.prod(self.shapes[name]) for name in (self.shapes if names is None else names))
+
+
+class DependsOnValues(Exception):
+    """What a step keeps is not known from shapes: weights are merged once for each decision, and how many there are only values say."""
 
 
 GROUPED_MM = torch.ops.aten._grouped_mm.default
@@ -156,10 +160,14 @@ def _traced(model: Any, precision: str, sequences: int, length: int) -> Alive:
     alive = Alive(model)
     tokens, domains = torch.zeros(sequences, length, dtype=torch.long), torch.zeros(2, sequences, dtype=torch.long)
     count = torch.tensor(sequences * length)
-    with alive:
-        parts = Objective(model, precision, 1).train(model.training)(tokens, domains, count, count, 0)
-        if torch.is_grad_enabled():
-            parts["loss"].backward()
+    objective = Objective(model, precision, 1).train(model.training)
+    try:
+        with alive:
+            loss = objective(tokens, domains, count, count, 0)["loss"]
+            if torch.is_grad_enabled():
+                loss.backward()
+    except (DataDependentOutputException, DynamicOutputShapeException):
+        raise DependsOnValues from None
     alive.over()
     return alive
 
