@@ -259,9 +259,9 @@ def test_the_engine_is_what_was_asked_for_and_its_state_is_partitioned(shop, str
 def test_moments_are_those_of_the_plan_to_the_byte(shop, strategy):
     """Of a run with one phase, on the rank that holds most."""
     train = TypeAdapter(TrainConfig).validate_python(TRAIN | {"phases": [{}]})
-    trace = footprint(AutoConfig.from_pretrained(shop / "btx"), train)
+    trace = footprint(AutoConfig.from_pretrained(shop / "starved"), train)
     plan = held_bytes(trace, Group(strategy, 2, DEVICES["h100-80"], 1.0, 1.0))
-    assert max(facts(shop / strategy / "alone")["optimizer_bytes"]) == plan.moments
+    assert max(facts(shop / strategy / "starved")["optimizer_bytes"]) == plan.moments
 
 
 @pytest.mark.slow
