@@ -51,7 +51,7 @@ class Planned:
 
 
 def print_capacity(cfg: Config, experiment: Experiment, console: Console) -> None:
-    """Raises ValueError: an unknown launch.gpu; nobody says how many processes."""
+    """Raises ValueError: nobody says how many processes."""
     assert cfg.launch.gpu is not None
     models, planned, remarks = Models(cfg, experiment), [], []
     for stages in _alike(experiment, models):
@@ -163,7 +163,7 @@ def _copies(stage: Artifact) -> int:
 
 
 def group_of(launch: LaunchConfig, kind: str) -> Group:
-    """The processes that make a stage of this kind. Raises ValueError: nobody says how many; an unknown launch.gpu."""
+    """The processes that make a stage of this kind. Raises ValueError: nobody says how many."""
     assert launch.gpu is not None
     own = launch.of(kind) if isinstance(launch, SlurmConfig) else launch
     at_once = own.parallel_branches if kind == "branch" else 1

@@ -167,8 +167,8 @@ def _copies(group: Group) -> int:
 
 
 def peak_bytes(found: Footprint, held: Held, group: Group) -> int:
-    """All at once. Gradients come while activations go, but an allocator seldom has the room of one in a piece for the other; without
-    graphs, norms of gradients square one tensor at a time."""
+    """All at once. Gradients come while activations go, but an allocator seldom has the room of one in a piece for the
+    other. After the backward the norms of gradients square one tensor at a time, which may be more than all activations were."""
     largest = FP32 * max(found.numel([name]) for name in found.trained)
     return held.on_device + max(found.activations, largest) + group.device.runtime
 

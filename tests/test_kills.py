@@ -15,7 +15,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -123,22 +122,8 @@ def serve() -> None:
         command = json.loads(line)
         child = os.fork()
         if child == 0:
-            os.setpgid(0, 0)  # a group of its own, which one signal reaches whole
             os._exit(_child(command))
-        timer = None
-        if command["after"]:
-            seconds, sent = command["after"]
-            timer = threading.Timer(seconds, _send, [child, sent])
-            timer.start()
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if timer is not None:
-            timer.cancel()
-        print(status, file=answers, flush=True)
-
-
-def _send(child: int, sent: int) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(child, sent)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers, flush=True)
 
 
 def _child(command: dict) -> int:
@@ -164,17 +149,15 @@ def _child(command: dict) -> int:
 
 @contextmanager
 def served() -> Iterator[Callable[..., int]]:
-    """upcycle(*arguments, cwd=..., kill=..., after=(seconds, signal)): exit status (-9 after a kill)."""
+    """upcycle(*arguments, cwd=..., kill=...): exit status (-9 after a kill)."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     server = subprocess.Popen(
         [sys.executable, __file__], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
 
-    def run(
-        *arguments: str, cwd: Path, kill: tuple[str, str, str] | None = None, after: tuple[float, int] | None = None
-    ) -> int:
+    def run(*arguments: str, cwd: Path, kill: tuple[str, str, str] | None = None) -> int:
         assert server.stdin is not None and server.stdout is not None
-        command = {"arguments": arguments, "cwd": str(cwd), "kill": kill, "after": after}
+        command = {"arguments": arguments, "cwd": str(cwd), "kill": kill}
         server.stdin.write(json.dumps(command) + "\n")
         server.stdin.flush()
         return int(server.stdout.readline())
