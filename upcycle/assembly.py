@@ -164,8 +164,6 @@ def write_mixture(
         tensor, row = _make(piece, config, found, {"seed": seed} | branches, choice, dtype, merger)
         writer.add(piece.target, tensor)
         rows.append(row)
-        for checkpoint in (seed, *branches.values()):
-            checkpoint.close()
         advance(number + 1, len(pieces))
     writer.close()
     config.dtype = dtype

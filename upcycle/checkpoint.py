@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from upcycle.directories import INDEX, SINGLE, check_room, indexed_tensors, model_files, read_config, weight_files
 from upcycle.durable import write_json
 from upcycle.store import ignore
+from upcycle.tensor_file import TensorFile
 
 # Buffers that old checkpoints carry and today's models compute themselves, and names that have changed since.
 IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$|\.(attention|attn)\.(masked_)?bias$")
@@ -41,7 +42,7 @@ class Checkpoint:
     def __init__(self, directory: Path | str):
         self.directory = Path(directory)
         self.config = read_config(self.directory)
-        self._handles: dict[str, safe_open] = {}
+        self._opened: dict[str, TensorFile] = {}
         files = [path.name for path in weight_files(self.directory)]
         self._index = indexed_tensors(self.directory)
         located = self._index or self._held_by(files)
@@ -65,7 +66,7 @@ class Checkpoint:
         """Stored tensor name -> file name, of files without an index."""
         located: dict[str, str] = {}
         for file in files:
-            for name in sorted(self._open(file).keys()):
+            for name in sorted(self._open(file).names):
                 if name in located:
                     raise ValueError(
                         f"{self.directory}: {name} is in {located[name]} and in {file}; remove one of them"
@@ -73,16 +74,16 @@ class Checkpoint:
                 located[name] = file
         return located
 
-    def _open(self, name: str):
-        if name not in self._handles:
+    def _open(self, name: str) -> TensorFile:
+        if name not in self._opened:
             path = self.directory / name
             try:
-                self._handles[name] = safe_open(path, framework="pt")
+                self._opened[name] = TensorFile(path)
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{path}: not a whole safetensors file ({error}); copy it again") from None
             if self._index is not None:
-                self._check_index(name, set(self._handles[name].keys()))
-        return self._handles[name]
+                self._check_index(name, self._opened[name].names)
+        return self._opened[name]
 
     def _check_index(self, file: str, held: set[str]) -> None:
         assert self._index is not None
@@ -115,14 +116,11 @@ class Checkpoint:
         return sorted(self.files)
 
     def get(self, name: str) -> Tensor:
-        return self._open(self.files[name]).get_tensor(self._stored_names[name])
-
-    def close(self) -> None:
-        """Let go of the files, whose pages that were read count as this process's memory; they are opened again when needed."""
-        self._handles.clear()
+        """The file's pages, which are read when they are looked at and let go of with the tensor."""
+        return self._open(self.files[name]).get(self._stored_names[name])
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._open(self.files[name]).get_slice(self._stored_names[name]).get_shape())
+        return self._open(self.files[name]).shape(self._stored_names[name])
 
     def stored_name(self, name: str) -> str:
         """What the file calls it."""
@@ -130,7 +128,7 @@ class Checkpoint:
 
     def stored_dtype(self, name: str) -> str:
         """As safetensors calls it: F32, BF16, ..."""
-        return self._open(self.files[name]).get_slice(self._stored_names[name]).get_dtype()
+        return self._open(self.files[name]).dtype(self._stored_names[name])
 
     def size_bytes(self) -> int:
         """Of its weight files."""
@@ -165,17 +163,16 @@ class Stored:
 
     def __init__(self, checkpoint: Checkpoint, name: str):
         self.checkpoint, self.name, self.shape = checkpoint, name, torch.Size(checkpoint.shape(name))
+        self._finite = False
 
     def float(self) -> Tensor:
         """In fp32. Raises ValueError: NaN or infinite values, there or as stored."""
-        found = finite(self.checkpoint, self.name, torch.float32).float()
-        self.checkpoint.close()
-        return found
+        return self.mapped().float()
 
     def mapped(self) -> Tensor:
-        """As stored; its pages are read when they are looked at."""
-        found = self.checkpoint.get(self.name)
-        self.checkpoint.close()
+        """As stored; its pages are read when they are looked at, the first time here. Raises ValueError: as `float`."""
+        found = self.checkpoint.get(self.name) if self._finite else finite(self.checkpoint, self.name, torch.float32)
+        self._finite = True
         return found
 
 

@@ -63,8 +63,6 @@ def write_merged(
             facts = merger.facts.get(name, UNKNOWN)
             own = {who: Member(stored[who], config.weights.get(who, 1.0)) for who in branches}
             figures.add(facts.layer, facts.role, own, Member(Stored(seed, name)))
-        for model in (seed, *branches.values()):
-            model.close()
         advance(number + 1, len(seed.names))
     writer.close()
     dense.name_or_path = ""  # where the seed lay is no part of the result

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from itertools import combinations
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from upcycle.merge_config import ROLES
-from upcycle.merging import SEED, Member, Merging
-from upcycle.task_vectors import BLOCK, trimmed
+from upcycle.merging import SEED, Member, Merging, flat
+from upcycle.trimming import Tau, cut, places
 
 Pair = tuple[str, str]
+BLOCK = 2**20  # entries that are multiplied together
 
 
 @dataclass(frozen=True)
@@ -66,53 +69,45 @@ class TaskVectors:
 
 def task_vectors(merging: Merging) -> TaskVectors:
     """Figures of the branches that are present (the seed's own τ is 0). Raises ValueError: there is no seed."""
-    values = {name: _values(member) for name, member in merging.present if name != SEED}
-    if merging.seed is None:
-        raise ValueError(
-            f"merge of {merging.name}: figures of τ are of differences from the seed; give Merging its seed"
-        )
-    base = _values(merging.seed)
-    pairs = list(combinations(values, 2))
-    dots = dict.fromkeys([*pairs, *((a, a) for a in values)], 0.0)
+    taus = _taus(merging)
+    pairs = list(combinations(taus, 2))
+    dots = dict.fromkeys([*pairs, *((a, a) for a in taus)], 0.0)
     alike, both = dict.fromkeys(pairs, 0), dict.fromkeys(pairs, 0)
     entries = math.prod(merging.shape)
-    for start in range(0, entries, BLOCK):
-        first = base[start : start + BLOCK].float()
-        taus = {name: values[start : start + BLOCK].float() - first for name, values in values.items()}
+    for place in places(entries, BLOCK):
+        found = {name: tau.of(place) for name, tau in taus.items()}
+        wide = {name: tau.double() for name, tau in found.items()}
         for a, b in dots:
-            dots[a, b] += (taus[a].double() @ taus[b].double()).item()
+            dots[a, b] += (wide[a] @ wide[b]).item()
+        del wide
+        signs = {name: tau.sign_() for name, tau in found.items()}
+        less = {
+            pair: int(signs[pair[0]] @ signs[pair[1]]) for pair in pairs
+        }  # alike - unlike, whole numbers below 2^24
+        moved = {name: sign.abs_() for name, sign in signs.items()}
         for a, b in pairs:
-            product = taus[a].sign() * taus[b].sign()
-            alike[a, b] += int((product > 0).sum())
-            both[a, b] += int((product != 0).sum())
+            count = int(moved[a] @ moved[b])
+            alike[a, b] += (count + less[a, b]) // 2
+            both[a, b] += count
     return TaskVectors(dots, alike, both, entries)
-
-
-def _values(member: Member) -> Tensor:
-    """Of a tensor, or of a stored one's mapped pages; flat, and read block by block."""
-    tensor = member.tensor
-    return (tensor if isinstance(tensor, Tensor) else tensor.mapped()).flatten()
 
 
 def ties_entries(merging: Merging, density: float = 0.2) -> dict[str, int]:
     """How many entries TIES leaves to whom: `trimmed`, no branch keeps a value there, so it stays the seed's; `agreed`, all
     kept values have one sign; `conflict`, they have both. Sums to the tensor's entries. Raises ValueError: there is no seed."""
-    positive = torch.zeros(merging.shape, dtype=torch.bool)
-    negative = positive.clone()
-    for _, tau in _taus(merging):
-        kept = trimmed(tau, density).cpu()
-        positive |= kept > 0
-        negative |= kept < 0
-        del tau, kept  # before the next one is made
-    conflict, left = int((positive & negative).sum()), int((positive | negative).sum())
-    return {"trimmed": positive.numel() - left, "agreed": left - conflict, "conflict": conflict}
+    conflict, left, entries = 0, 0, math.prod(merging.shape)
+    for blocks in zip(*(cut(tau, density).trimmed(tau.blocks()) for tau in _taus(merging).values()), strict=True):
+        kept = [block.cpu().numpy() for block in blocks]
+        positive, negative = (reduce(np.logical_or, signs) for signs in ([k > 0 for k in kept], [k < 0 for k in kept]))
+        conflict += int(np.count_nonzero(positive & negative))
+        left += int(np.count_nonzero(positive | negative))
+    return {"trimmed": entries - left, "agreed": left - conflict, "conflict": conflict}
 
 
-def _taus(merging: Merging) -> Iterator[tuple[str, Tensor]]:
-    base = merging.base()
-    for name, member in merging.present:
-        if name != SEED:
-            yield name, member.tensor.float() - base
+def _taus(merging: Merging) -> dict[str, Tau]:
+    """Of the branches that are present. Raises ValueError: there is no seed."""
+    base = flat(merging.origin())
+    return {name: Tau(flat(member), base) for name, member in merging.present if name != SEED}
 
 
 class MergeReport:

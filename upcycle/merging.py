@@ -51,6 +51,12 @@ class Member:
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+def flat(member: Member) -> Tensor:
+    """As stored; of a checkpoint's tensor the mapped pages, which are read where they are looked at."""
+    tensor = member.tensor
+    return (tensor if isinstance(tensor, Tensor) else tensor.mapped()).reshape(-1)
+
+
 @dataclass(frozen=True)
 class Merging:
     """One tensor of all models. Results do not depend on the order of `members`: everything goes by their sorted names.
@@ -96,11 +102,15 @@ class Merging:
 
     def base(self) -> Tensor:
         """θ_0 in fp32. Raises ValueError: there is no seed."""
+        return self.origin().tensor.float()
+
+    def origin(self) -> Member:
+        """The seed. Raises ValueError: there is none."""
         if self.seed is None:
             raise ValueError(
                 f"merge of {self.name}: this method takes differences from the seed; give Merging its seed"
             )
-        return self.seed.tensor.float()
+        return self.seed
 
     def statistic(self, key: str, name: str, member: Member) -> Tensor:
         """member.statistics[key]. Raises ValueError: it is missing, of another shape, not finite, or a Fisher below 0."""

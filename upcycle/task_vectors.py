@@ -6,8 +6,7 @@ A seed among the members has τ = 0: it says nothing, except that it is one more
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from fractions import Fraction
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -15,14 +14,14 @@ from pydantic import Field
 from torch import Tensor
 
 from upcycle.batches import random_words, run_key
-from upcycle.merging import Merging
+from upcycle.merging import Merging, flat
+from upcycle.trimming import BLOCK, Tau, cut, places
 
 Scale = Annotated[float, Field(allow_inf_nan=False)]
 Density = Annotated[float, Field(gt=0, le=1)]
 Drop = Annotated[float, Field(ge=0, lt=1)]
 RngSeed = Annotated[int, Field(ge=0)]
 
-BLOCK = 2**20  # entries that are looked at together
 DRAWN = 2**22  # words drawn at a time: 32 MiB, whatever the tensor's size; part of what keys a mask, like the names
 
 
@@ -44,13 +43,9 @@ def ties(merging: Merging, *, density: Density = 0.2, scale: Scale = 1.0) -> Ten
     Differs: k is ⌊density · entries of this tensor⌋, at least 1; the authors' code takes the largest of the whole model. A sum
     that is 0 elects nobody and the entry stays the seed's; theirs takes the sign that most of the model's entries have.
     """
-    base = merging.base()
-
-    def taus() -> Iterator[tuple[float, Tensor]]:
-        for _, member in merging.present:
-            yield member.weight, trimmed(member.tensor.float() - base, density)
-
-    return base.add(elected_mean(taus), alpha=scale)
+    base = flat(merging.origin())
+    taus = [Tau(flat(member), base) for _, member in merging.present]
+    return _elected(merging, base, [cut(tau, density).trimmed(tau.blocks()) for tau in taus], scale)
 
 
 def dare(
@@ -73,95 +68,70 @@ def dare(
 
 def dare_ties(merging: Merging, *, drop: Drop = 0.9, scale: Scale = 1.0, rng_seed: RngSeed = 1) -> Tensor:
     """`dare`'s drop and rescale in place of `ties`' trim, then ties' election and disjoint mean. Returns fp32."""
-    base = merging.base()
-
-    def taus() -> Iterator[tuple[float, Tensor]]:
-        for name, member in merging.present:
-            yield member.weight, dropped(member.tensor.float() - base, drop, name, merging.name, rng_seed)
-
-    return base.add(elected_mean(taus), alpha=scale)
+    base = flat(merging.origin())
+    taus = [
+        _dropped_blocks(Tau(flat(member), base), drop, name, merging.name, rng_seed) for name, member in merging.present
+    ]
+    return _elected(merging, base, taus, scale)
 
 
 def trimmed(tau: Tensor, density: float) -> Tensor:
     """τ with all but its k = max(1, ⌊density · entries⌋) largest entries set to 0; of equal ones the first in memory stay.
 
-    Exactly k, whatever the values: a threshold alone keeps all that equal it, and topk may take any of them. In place, if τ
-    is contiguous, and with the memory of one block.
+    Exactly k, whatever the values: a threshold alone keeps all that equal it, and topk may take any of them.
     """
-    keep = max(1, int(Fraction(str(density)) * tau.numel()))  # 0.29 of 100 is 29, which floats make 28.999…
-    if keep >= tau.numel():
-        return tau
-    flat = tau.contiguous().view(-1)
-    threshold = largest(flat, keep)
-    equal_ones = keep - sum(int((block.abs() > threshold).sum()) for block in flat.split(BLOCK))
-    for block in flat.split(BLOCK):
-        sizes = block.abs()
-        equal = (sizes == threshold).nonzero().flatten()[:equal_ones]
-        equal_ones -= len(equal)
-        stays = sizes > threshold
-        stays[equal] = True
-        block.masked_fill_(~stays, 0)
-    return flat.view(tau.shape)
+    whole = Tau(values := tau.reshape(-1), torch.zeros(1, device=tau.device).expand_as(values))
+    return torch.cat(list(cut(whole, density).trimmed(whole.blocks()))).view(tau.shape)
 
 
-def largest(flat: Tensor, place: int) -> float:
-    """The size of the entry of an fp32 vector that is the `place`-th largest in size, 1 the largest.
+def _elected(merging: Merging, base: Tensor, taus: Sequence[Iterator[Tensor]], scale: float) -> Tensor:
+    """θ_0 + λ times the elected mean, block by block. taus: of the members that are present, in blocks."""
+    weights = [member.weight for _, member in merging.present]
+    merged = torch.empty(base.shape, device=base.device)
+    for place, *blocks in zip(places(len(base)), *taus, strict=True):
+        merged[place] = base[place].float().add(elected_mean(list(zip(weights, blocks, strict=True))), alpha=scale)
+    return merged.view(merging.shape)
 
-    By counting, the upper halves of the numbers' bits first, which order sizes as the numbers do: torch.kthvalue would take
-    three more vectors of memory.
-    """
-    found = 0
-    for shift, mask in ((16, 0x7FFF), (0, 0xFFFF)):
-        counts = torch.zeros(mask + 1, dtype=torch.int64)
-        for block in flat.split(BLOCK):
-            bits = block.abs().cpu().view(torch.int32)
-            if shift == 0:
-                bits = bits[(bits >> 16) == found >> 16]
-            counts += torch.bincount((bits >> shift) & mask, minlength=mask + 1)
-        from_above = counts.flip(0).cumsum(0)
-        above = int((from_above < place).sum())
-        found |= (mask - above) << shift
-        place -= int(from_above[above - 1]) if above else 0
-    return torch.tensor(found, dtype=torch.int32).view(torch.float32).item()
+
+def _dropped_blocks(tau: Tau, drop: float, branch: str, tensor: str, rng_seed: int) -> Iterator[Tensor]:
+    masks = (mask for drawn in stays_masks(len(tau), drop, branch, tensor, rng_seed) for mask in drawn.split(BLOCK))
+    for block, mask in zip(tau.blocks(), masks, strict=True):
+        yield _drop(block, drop, mask)
 
 
 def dropped(tau: Tensor, drop: float, branch: str, tensor: str, rng_seed: int) -> Tensor:
     """τ̃ = m ⊙ τ / (1 − p), each entry of the mask m 0 with probability p = drop, so that E[τ̃] = τ. In place."""
-    if drop == 0:
-        return tau
-    stays = stays_mask(tau.numel(), drop, branch, tensor, rng_seed).view(tau.shape).to(tau.device)
-    return tau.div_(1 - drop).masked_fill_(stays.logical_not_(), 0)
+    return _drop(tau, drop, stays_mask(tau.numel(), drop, branch, tensor, rng_seed).view(tau.shape))
+
+
+def _drop(tau: Tensor, drop: float, stays: Tensor) -> Tensor:
+    return tau if drop == 0 else tau.div_(1 - drop).masked_fill_(stays.logical_not().to(tau.device), 0)
 
 
 def stays_mask(count: int, drop: float, branch: str, tensor: str, rng_seed: int) -> Tensor:
     """(count,) bool, True with probability 1 − drop. Depends on (branch, tensor, rng_seed) and the entry's place alone, so
     neither the order of models nor the shards of checkpoints matter."""
+    return torch.cat([torch.ones(0, dtype=torch.bool), *stays_masks(count, drop, branch, tensor, rng_seed)])
+
+
+def stays_masks(count: int, drop: float, branch: str, tensor: str, rng_seed: int) -> Iterator[Tensor]:
+    """That mask in pieces of `DRAWN`."""
     key, limit = run_key("dare", rng_seed, branch, tensor), int(drop * 2.0**64)
-    pieces = [
-        torch.from_numpy(random_words(key, start // DRAWN, min(DRAWN, count - start)) >= limit)
-        for start in range(0, count, DRAWN)
-    ]
-    return torch.cat(pieces) if pieces else torch.ones(0, dtype=torch.bool)
+    for start in range(0, count, DRAWN):
+        yield torch.from_numpy(random_words(key, start // DRAWN, min(DRAWN, count - start)) >= limit)
 
 
-def elected_mean(taus: Callable[[], Iterable[tuple[float, Tensor]]]) -> Tensor:
+def elected_mean(taus: Sequence[tuple[float, Tensor]]) -> Tensor:
     """Mean of those (weight, τ) whose sign is that of Σ w τ, entry by entry; 0 where nobody agrees. An entry that is 0 has no
-    sign, so it neither votes nor counts. taus: gives them one by one, and is asked twice, so that they need not lie in memory."""
-    total = None
-    for weight, tau in taus():
-        total = torch.zeros_like(tau) if total is None else total
+    sign, so it neither votes nor counts."""
+    total = torch.zeros_like(taus[0][1])
+    for weight, tau in taus:
         total.add_(tau, alpha=weight)
-        del tau  # before the next one is made
-    assert total is not None
-    elected = total.sign().to(torch.int8)
-    total.zero_()
-    counted = torch.zeros_like(total)
-    for weight, tau in taus():
-        parts = (one.reshape(-1).split(BLOCK) for one in (tau, elected))
-        sums = (one.view(-1).split(BLOCK) for one in (total, counted))
-        for values, sign, sum_, count in zip(*parts, *sums, strict=True):
-            agrees = values.sign() == sign
-            sum_.add_(values * agrees, alpha=weight)
-            count.add_(agrees, alpha=weight)
-        del tau, values, parts
-    return total.div_(counted.masked_fill_(counted == 0, 1))
+    elected = total.sign()
+    total, counted = total.zero_(), torch.zeros_like(total)
+    for weight, tau in taus:
+        agreeing = (tau * elected).relu_()  # |τ| where it agrees, else 0; no masks, which take four times as long
+        total.add_(agreeing, alpha=weight)
+        counted.add_(agreeing.sign_(), alpha=weight)
+    least = min(weight for weight, _ in taus)  # where nobody agrees 0 is divided by it
+    return total.mul_(elected).div_(counted.clamp_min_(least))
