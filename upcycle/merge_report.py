@@ -19,7 +19,7 @@ from torch import Tensor
 
 from upcycle.merge_config import ROLES
 from upcycle.merging import SEED, Member, Merging, flat
-from upcycle.trimming import Tau, cut, places
+from upcycle.trimming import Tau, count, cut, places
 
 Pair = tuple[str, str]
 BLOCK = 2**20  # entries that are multiplied together
@@ -86,9 +86,9 @@ def task_vectors(merging: Merging) -> TaskVectors:
         }  # alike - unlike, whole numbers below 2^24
         moved = {name: sign.abs_() for name, sign in signs.items()}
         for a, b in pairs:
-            count = int(moved[a] @ moved[b])
-            alike[a, b] += (count + less[a, b]) // 2
-            both[a, b] += count
+            together = int(moved[a] @ moved[b])
+            alike[a, b] += (together + less[a, b]) // 2
+            both[a, b] += together
     return TaskVectors(dots, alike, both, entries)
 
 
@@ -99,8 +99,8 @@ def ties_entries(merging: Merging, density: float = 0.2) -> dict[str, int]:
     for blocks in zip(*(cut(tau, density).trimmed(tau.blocks()) for tau in _taus(merging).values()), strict=True):
         kept = [block.cpu().numpy() for block in blocks]
         positive, negative = (reduce(np.logical_or, signs) for signs in ([k > 0 for k in kept], [k < 0 for k in kept]))
-        conflict += int(np.count_nonzero(positive & negative))
-        left += int(np.count_nonzero(positive | negative))
+        conflict += count(positive & negative)
+        left += count(positive | negative)
     return {"trimmed": entries - left, "agreed": left - conflict, "conflict": conflict}
 
 

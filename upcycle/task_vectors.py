@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from upcycle.batches import random_words, run_key
-from upcycle.merging import Merging, flat
+from upcycle.merging import Member, Merging, flat
 from upcycle.trimming import BLOCK, Tau, cut, places
 
 Scale = Annotated[float, Field(allow_inf_nan=False)]
@@ -43,9 +43,9 @@ def ties(merging: Merging, *, density: Density = 0.2, scale: Scale = 1.0) -> Ten
     Differs: k is ⌊density · entries of this tensor⌋, at least 1; the authors' code takes the largest of the whole model. A sum
     that is 0 elects nobody and the entry stays the seed's; theirs takes the sign that most of the model's entries have.
     """
-    base = flat(merging.origin())
-    taus = [Tau(flat(member), base) for _, member in merging.present]
-    return _elected(merging, base, [cut(tau, density).trimmed(tau.blocks()) for tau in taus], scale)
+    base, moved = flat(merging.origin()), _moved(merging)
+    taus = [Tau(flat(member), base) for _, member in moved]
+    return _elected(merging, base, moved, [cut(tau, density).trimmed(tau.blocks()) for tau in taus], scale)
 
 
 def dare(
@@ -68,11 +68,9 @@ def dare(
 
 def dare_ties(merging: Merging, *, drop: Drop = 0.9, scale: Scale = 1.0, rng_seed: RngSeed = 1) -> Tensor:
     """`dare`'s drop and rescale in place of `ties`' trim, then ties' election and disjoint mean. Returns fp32."""
-    base = flat(merging.origin())
-    taus = [
-        _dropped_blocks(Tau(flat(member), base), drop, name, merging.name, rng_seed) for name, member in merging.present
-    ]
-    return _elected(merging, base, taus, scale)
+    base, moved = flat(merging.origin()), _moved(merging)
+    taus = [_dropped_blocks(Tau(flat(member), base), drop, name, merging.name, rng_seed) for name, member in moved]
+    return _elected(merging, base, moved, taus, scale)
 
 
 def trimmed(tau: Tensor, density: float) -> Tensor:
@@ -84,12 +82,19 @@ def trimmed(tau: Tensor, density: float) -> Tensor:
     return torch.cat(list(cut(whole, density).trimmed(whole.blocks()))).view(tau.shape)
 
 
-def _elected(merging: Merging, base: Tensor, taus: Sequence[Iterator[Tensor]], scale: float) -> Tensor:
-    """θ_0 + λ times the elected mean, block by block. taus: of the members that are present, in blocks."""
-    weights = [member.weight for _, member in merging.present]
+def _moved(merging: Merging) -> list[tuple[str, Member]]:
+    """The members that are present, without the seed, whose τ of 0 elects nobody."""
+    return [(name, member) for name, member in merging.present if member.tensor is not merging.origin().tensor]
+
+
+def _elected(
+    merging: Merging, base: Tensor, members: list[tuple[str, Member]], taus: list[Iterator[Tensor]], scale: float
+) -> Tensor:
+    """θ_0 + λ times the elected mean, block by block. taus: of the members, in blocks."""
     merged = torch.empty(base.shape, device=base.device)
     for place, *blocks in zip(places(len(base)), *taus, strict=True):
-        merged[place] = base[place].float().add(elected_mean(list(zip(weights, blocks, strict=True))), alpha=scale)
+        voices = [(member.weight, tau) for (_, member), tau in zip(members, blocks, strict=True)]
+        merged[place] = base[place].float().add(elected_mean(voices) if voices else 0.0, alpha=scale)
     return merged.view(merging.shape)
 
 

@@ -15,8 +15,12 @@ from torch import Tensor
 from torch.nn.functional import hardshrink
 
 BLOCK = 2**17  # entries that are looked at together: a handful of blocks stays in a core's cache
-SAMPLED = 2**16  # entries that say about where the cut is
+SAMPLED = 2**15  # entries that say about where the cut is
 DEVIATIONS = 5.0  # how far from there it may lie at first, in standard deviations of a rank in the sample
+
+
+def count(of: np.ndarray) -> int:
+    return int(np.count_nonzero(of))
 
 
 def places(entries: int, block: int = BLOCK) -> Iterator[slice]:
@@ -80,13 +84,10 @@ def cut(tau: Tau, density: float) -> Cut:
     if keep >= len(tau):
         return Cut(0.0)
     step = max(1, len(tau) // SAMPLED) | 1  # odd: no width of a matrix is
-    sample = np.sort(Tau(tau.values[::step], tau.base[::step]).of(slice(None)).abs().cpu().numpy())
+    sample = Tau(tau.values[::step], tau.base[::step]).of(slice(None)).abs().cpu().numpy()
     share, deviations = keep / len(tau), DEVIATIONS
     while True:
-        middle, wide = len(sample) * (1 - share), 1 + deviations * (len(sample) * share * (1 - share)) ** 0.5
-        first, last = int(middle - wide), int(middle + wide) + 1
-        low = sample[first] if first >= 0 else np.float32(-1)
-        high = sample[last] if last < len(sample) else np.float32(np.inf)
+        low, high = _ends(sample, share, deviations)
         if (found := _between(tau, keep, low, high)) is not None:
             return found
         if low < 0 and high == np.inf:
@@ -94,20 +95,29 @@ def cut(tau: Tau, density: float) -> Cut:
         deviations *= 4
 
 
+def _ends(sample: np.ndarray, share: float, deviations: float) -> tuple[np.float32, np.float32]:
+    """Two sizes of the sample between which its share begins; -1 and infinity beyond its ends."""
+    middle, wide = len(sample) * (1 - share), 1 + deviations * (len(sample) * share * (1 - share)) ** 0.5
+    first, last = int(middle - wide), int(middle + wide) + 1
+    sample.partition((max(first, 0), min(last, len(sample) - 1)))
+    low = sample[first] if first >= 0 else np.float32(-1)
+    return low, sample[last] if last < len(sample) else np.float32(np.inf)
+
+
 def _between(tau: Tau, keep: int, low: np.float32, high: np.float32) -> Cut | None:
     """The cut, if it is at one of these sizes or between them."""
     above, parts = 0, []
     for sizes in tau.sizes():
         reaches = sizes >= high
-        above += int(np.count_nonzero(reaches))
+        above += count(reaches)
         parts.append(sizes[(sizes > low) ^ reaches])
     inside = np.concatenate(parts)
     if above < keep <= above + len(inside):
         inside.partition(len(inside) - (keep - above))
         size = inside[len(inside) - (keep - above)]
-        return _cut(size, keep, above + np.count_nonzero(inside > size), np.count_nonzero(inside == size))
+        return _cut(size, keep, above + count(inside > size), count(inside == size))
     size = high if keep <= above else low  # entries that equal an end of the bracket: zeros, most often
-    counts = [(np.count_nonzero(sizes > size), np.count_nonzero(sizes == size)) for sizes in tau.sizes()]
+    counts = [(count(sizes > size), count(sizes == size)) for sizes in tau.sizes()]
     return _cut(size, keep, sum(more for more, _ in counts), sum(equal for _, equal in counts))
 
 
@@ -115,4 +125,4 @@ def _cut(size: np.float32, keep: int, above: int, equals: int) -> Cut | None:
     """None: the cut is at another size."""
     if not above < keep <= above + equals:
         return None
-    return Cut(float(size), None if keep == above + equals else int(keep - above))
+    return Cut(float(size), None if keep == above + equals else keep - above)
