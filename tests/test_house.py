@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text()
 
 # A file imports only from lower levels; docs/architecture.md draws the same picture.
 LEVELS = {
-    "config": 0, "durable": 0, "families": 0, "kinds": 0, "kronecker": 0, "losses": 0, "machine": 0, "merging": 0, "programs": 0, "stopping": 0, "tensor_file": 0, "trimming": 0,
+    "ahead": 0, "config": 0, "durable": 0, "families": 0, "kinds": 0, "kronecker": 0, "losses": 0, "machine": 0, "merging": 0, "programs": 0, "stopping": 0, "tensor_file": 0, "trimming": 0,
     "batches": 0, "kernels": 0, "team": 0, "vocabulary": 0,
     "combine_config": 1, "corpora": 1, "explanation": 1, "directories": 1, "kronecker_map": 1, "mistakes": 1, "phases": 1, "placement_config": 1, "plans": 1,
     "merge_config": 1, "router_config": 1, "routing": 1, "store": 1, "task_vectors": 1,

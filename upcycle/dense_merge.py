@@ -7,13 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig
 
+from upcycle.ahead import MOST, in_order
 from upcycle.checkpoint import DTYPES, Checkpoint, CheckpointWriter, Stored, finite
 from upcycle.directories import copy_companions
 from upcycle.durable import write_json
+from upcycle.merge import statistics_of
 from upcycle.merge_config import MergeConfig
-from upcycle.merge_report import MergeReport
+from upcycle.merge_report import Figures, MergeReport
 from upcycle.merger import Merger, Statistics
 from upcycle.merging import SEED, Member
 from upcycle.preflight import check_alike
@@ -35,7 +38,8 @@ def write_merged(
     report: bool = True,
     advance: Callable[..., None] = ignore,
 ) -> dict:
-    """Merge into `out` (an existing directory) and return what merge.json says. Memory: a few tensors, however many layers.
+    """Merge into `out` (an existing directory) and return what merge.json says. Memory: a few tensors of every model, however many
+    layers.
 
     include_seed: the seed has a share too. statistics: as in `assembly.write_mixture`. dtype: of the result (None: the
     seed's, tensor by tensor). report: also how large and how alike the branches' τ are, and where TIES sees conflict.
@@ -53,16 +57,22 @@ def write_merged(
     kinds = {name: getattr(torch, dtype or DTYPES[seed.stored_dtype(name)]) for name in seed.names}
     total_bytes = sum(kinds[name].itemsize * math.prod(seed.shape(name)) for name in seed.names)
     writer = CheckpointWriter(out, max_shard_bytes, total_bytes)
-    for number, name in enumerate(seed.names):
-        stored = {who: Stored(model, name) for who, model in models.items()}
+
+    def make(name: str) -> tuple[Tensor, Figures | None]:
+        stored = {who: Stored(model, name) for who, model in ({SEED: seed} | models).items()}
         if merger.keeps_seed(name):
-            writer.add(name, finite(seed, name, kinds[name]).to(kinds[name]))
+            tensor = finite(seed, name, kinds[name]).to(kinds[name])
         else:
-            writer.add(name, merger.merged(name, stored, kinds[name]))
+            tensor = merger.merged(name, {who: stored[who] for who in models}, kinds[name])
+        own = {who: Member(stored[who], config.weights.get(who, 1.0)) for who in branches}
+        return tensor, figures.measured(own, Member(stored[SEED])) if figures else None
+
+    # Methods that read curvature solve systems, at which torch's own threads are better.
+    made = in_order(make, seed.names, most=1 if statistics_of(config) else MOST)
+    for number, (name, (tensor, found)) in enumerate(zip(seed.names, made, strict=True)):
+        writer.add(name, tensor)
         if figures is not None:
-            facts = merger.facts.get(name, UNKNOWN)
-            own = {who: Member(stored[who], config.weights.get(who, 1.0)) for who in branches}
-            figures.add(facts.layer, facts.role, own, Member(Stored(seed, name)))
+            figures.add(merger.facts.get(name, UNKNOWN), found)
         advance(number + 1, len(seed.names))
     writer.close()
     dense.name_or_path = ""  # where the seed lay is no part of the result
@@ -70,9 +80,9 @@ def write_merged(
         dense.dtype = getattr(torch, dtype)
     dense.save_pretrained(out)
     copy_companions(seed_dir, out)
-    made = {"merge": config.record, "models": list(models), "averaged": dict(merger.averaged)}
-    made |= {"unconverged": merger.unconverged} if merger.unconverged else {}
-    made |= {"curvature": {name: one.about for name, one in curvature.items()}} if curvature else {}
-    made |= {"roles": figures.of_roles(), "layers": figures.rows()} if figures else {}
-    write_json(out / "merge.json", made)
-    return made
+    record: dict = {"merge": config.record, "models": list(models), "averaged": dict(merger.averaged)}
+    record |= {"unconverged": merger.unconverged} if merger.unconverged else {}
+    record |= {"curvature": {name: one.about for name, one in curvature.items()}} if curvature else {}
+    record |= {"roles": figures.of_roles(), "layers": figures.rows()} if figures else {}
+    write_json(out / "merge.json", record)
+    return record

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -110,6 +110,23 @@ def _taus(merging: Merging) -> dict[str, Tau]:
     return {name: Tau(flat(member), base) for name, member in merging.present if name != SEED}
 
 
+class Figures(NamedTuple):
+    """Of one tensor."""
+
+    vectors: TaskVectors
+    ties: Mapping[str, int]
+
+
+class Facts(Protocol):
+    """What a tensor is (roles.TensorFacts)."""
+
+    @property
+    def layer(self) -> int | None: ...
+
+    @property
+    def role(self) -> str: ...
+
+
 class MergeReport:
     """Figures of a whole merge, added up by layer and role of its tensors."""
 
@@ -118,14 +135,19 @@ class MergeReport:
         self._vectors: dict[tuple[int | None, str], TaskVectors] = {}
         self._ties: dict[tuple[int | None, str], Counter[str]] = {}
 
-    def add(self, layer: int | None, role: str, members: Mapping[str, Member], seed: Member) -> None:
-        """One tensor of the branches; nothing, if all of them have the weight 0."""
+    def measured(self, members: Mapping[str, Member], seed: Member) -> Figures | None:
+        """Of one tensor of the branches; None, if all of them have the weight 0. Several threads may call it."""
         if not any(member.weight > 0 for member in members.values()):
-            return
+            return None
         merging = Merging("report", members, seed)
-        place, found = (layer, role), task_vectors(merging)
-        self._vectors[place] = self._vectors[place] + found if place in self._vectors else found
-        self._ties.setdefault(place, Counter()).update(ties_entries(merging, self.density))
+        return Figures(task_vectors(merging), ties_entries(merging, self.density))
+
+    def add(self, facts: Facts, found: Figures | None) -> None:
+        if found is None:
+            return
+        place = (facts.layer, facts.role)
+        self._vectors[place] = self._vectors[place] + found.vectors if place in self._vectors else found.vectors
+        self._ties.setdefault(place, Counter()).update(found.ties)
 
     def rows(self) -> list[dict[str, Any]]:
         """For each layer and role: entries, ‖τ‖ of each branch, cosines and sign agreement of each two ("a, b"), TIES' entries."""

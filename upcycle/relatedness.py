@@ -10,6 +10,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from upcycle.ahead import in_order
 from upcycle.checkpoint import Checkpoint
 
 # Two models that share no training have cos(θ_b, θ_seed) ≈ 0 (by chance about 1/√n for n weights), whatever their scales.
@@ -21,7 +22,7 @@ UNRELATED_COSINE = 0.2
 FAR = 2.0
 SAMPLE_ABOVE_BYTES = 10_000_000_000  # of all checkpoints together; a CPU core reads about 0.2 GB of bfloat16 a second
 CHUNK = (
-    1 << 16
+    1 << 15
 )  # weights at a time, in float64: they stay in the cache (four times larger ones took half as long again)
 OUTSIDE = "outside the layers"
 
@@ -86,7 +87,7 @@ def check_related(
     if sample is None:
         sample = sum(one.size_bytes() for one in (seed, *branches.values())) > SAMPLE_ABOVE_BYTES
     groups = _layers(seed, sample)
-    layers = tuple(_figures(layer, names, seed, branches) for layer, names in groups.items())
+    layers = tuple(in_order(lambda layer: _figures(layer, groups[layer], seed, branches), groups))
     found = [text for name in branches if (text := _stranger(name, layers, branches[name], seed))]
     found += _copies(layers, seed, branches)
     return Relatedness(layers, sample, found)
@@ -120,13 +121,16 @@ def _figures(layer: str, names: list[str], seed: Checkpoint, branches: dict[str,
         tensors = [one.get(name).flatten() for one in (seed, *branches.values())]
         weights += tensors[0].numel()
         for start in range(0, tensors[0].numel(), CHUNK):
-            theta = torch.stack([tensor[start : start + CHUNK].double() for tensor in tensors])
-            tau = theta[1:] - theta[0]
-            sign = tau.sign()
+            chunks = [tensor[start : start + CHUNK] for tensor in tensors]
+            theta = torch.empty(count + 1, len(chunks[0]), dtype=torch.float64)
+            for row, chunk in zip(theta, chunks, strict=True):
+                row.copy_(chunk)
             values += theta @ theta.T
+            tau = theta[1:].sub_(theta[0])
             moves += tau @ tau.T
+            sign = tau.sign().float()  # whole numbers, whose sums over a chunk are exact in fp32
             signs += sign @ sign.T
-            both += sign.abs() @ sign.abs().T
+            both += sign.abs_() @ sign.T
             for pair, (i, j) in pairs.items():
                 equal[pair] = equal[pair] and torch.equal(tau[i], tau[j])
     norms, tau_norms = values.diagonal().sqrt(), moves.diagonal().sqrt()
