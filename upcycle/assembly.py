@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from upcycle.adoption import with_family
+from upcycle.ahead import MOST, in_order
 from upcycle.batches import run_key
 from upcycle.checkpoint import Checkpoint, CheckpointWriter, Stored, finite, tensor_sha256
 from upcycle.configuration import UpcycledConfig
@@ -21,6 +22,7 @@ from upcycle.durable import write_json
 from upcycle.experts import Placed
 from upcycle.families import family_of, is_listed
 from upcycle.kronecker_map import start
+from upcycle.merge import statistics_of
 from upcycle.merger import Merger, Statistics
 from upcycle.mixture_config import AssembleConfig
 from upcycle.pieces import Piece, dense_config, plan_pieces
@@ -138,7 +140,7 @@ def write_mixture(
     data: Mapping[str, Path] | None = None,
     statistics: Mapping[str, Sequence[Path]] | None = None,
 ) -> UpcycledConfig:
-    """Assemble into `out` (an existing directory). Memory: one tensor of every checkpoint; if routers start from texts, then
+    """Assemble into `out` (an existing directory). Memory: a few tensors of every checkpoint; if routers start from texts, then
     the whole mixture in fp32.
 
     data: token arrays by domain, for routers that start from training text (init.kind=domain_centroid). statistics: the
@@ -160,8 +162,12 @@ def write_mixture(
     merger.check_roles(piece.sources[0] for piece in pieces if piece.origin == "merged")
     total_bytes = Shape.of_config(config.to_dict()).parameters * dtype.itemsize if is_listed(config.seed) else 0
     writer, rows = CheckpointWriter(out, choice.max_shard_bytes, total_bytes), []
-    for number, piece in enumerate(pieces):
-        tensor, row = _make(piece, config, found, {"seed": seed} | branches, choice, dtype, merger)
+
+    def make(piece: Piece) -> tuple[Tensor, dict]:
+        return _make(piece, config, found, {"seed": seed} | branches, choice, dtype, merger)
+
+    made = in_order(make, pieces, most=1 if statistics_of(choice.merge) else MOST)  # as in `dense_merge`
+    for number, (piece, (tensor, row)) in enumerate(zip(pieces, made, strict=True)):
         writer.add(piece.target, tensor)
         rows.append(row)
         advance(number + 1, len(pieces))
@@ -174,12 +180,12 @@ def write_mixture(
     copy_companions(seed_dir, out)
     if texts:
         write_text_rows(out, choice, texts)
-    made = {"experts": config.experts, "merge": choice.merge.record, "placed": asdict(found)}
-    made |= {"curvature": {name: one.about for name, one in curvature.items()}} if curvature else {}
-    made |= {"averaged": dict(merger.averaged)} if merger.averaged else {}
-    made |= {"unconverged": merger.unconverged} if merger.unconverged else {}
-    made |= {"router_init": said(choice, texts), "tensors": rows}
-    write_json(out / "assembly.json", made)
+    record: dict = {"experts": config.experts, "merge": choice.merge.record, "placed": asdict(found)}
+    record |= {"curvature": {name: one.about for name, one in curvature.items()}} if curvature else {}
+    record |= {"averaged": dict(merger.averaged)} if merger.averaged else {}
+    record |= {"unconverged": merger.unconverged} if merger.unconverged else {}
+    record |= {"router_init": said(choice, texts), "tensors": rows}
+    write_json(out / "assembly.json", record)
     return config
 
 
