@@ -50,13 +50,18 @@ class Method:
         parameters = inspect.signature(self.function).parameters.values()
         return {one.name: one.default for one in parameters if one.kind is one.KEYWORD_ONLY}
 
+    @cached_property
+    def _adapters(self) -> dict[str, TypeAdapter]:
+        hints = typing.get_type_hints(self.function, include_extras=True)  # asked for several times a tensor
+        return {option: TypeAdapter(hints[option]) for option in self.options}
+
     def __call__(self, merging: Merging, **options: Any) -> Tensor:
         """The merged tensor, fp32. Raises ValueError: see `checked` and the function."""
         return self.function(merging, **self.checked(options))
 
     def checked(self, options: Options) -> dict[str, Any]:
         """All options: these, and the defaults of the others. Raises ValueError: one unknown, of a wrong value, or idle."""
-        name, hints = self.function.__name__, typing.get_type_hints(self.function, include_extras=True)
+        name = self.function.__name__
         for option, value in options.items():
             if option not in self.options:
                 valid = ", ".join(self.options) or "none"
@@ -64,7 +69,7 @@ class Method:
                     f"merge={name} has no option {option!r}; expected {valid}{nearest(option, self.options)}"
                 )
             try:
-                TypeAdapter(hints[option]).validate_python(value, strict=True)
+                self._adapters[option].validate_python(value, strict=True)
             except ValidationError as error:
                 said = error.errors()[0]["msg"]
                 raise ValueError(
