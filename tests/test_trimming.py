@@ -91,7 +91,7 @@ def test_what_an_item_raises_is_raised_in_its_turn():
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        found = in_order(lambda item: 1 / item, [2, 1, 0, 4])
+        found = in_order(lambda item: 1 / item, [2, 1, 0, 4], 2)
         assert [next(found), next(found)] == [0.5, 1.0]
         with pytest.raises(ZeroDivisionError):
             next(found)

@@ -11,12 +11,17 @@ from typing import TypeVar
 
 import torch
 
-MOST = 4  # items in the making: each has a tensor of every model in memory
+TENSORS = 8  # as many lie in memory at a time where it is not one of each model that takes more
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 
-def in_order(function: Callable[[Item], Made], items: Iterable[Item], most: int = MOST) -> Iterator[Made]:
+def threads_for(models: int) -> int:
+    """How many items are in the making, each of which has a tensor of every model in memory."""
+    return max(1, TENSORS // models)
+
+
+def in_order(function: Callable[[Item], Made], items: Iterable[Item], most: int) -> Iterator[Made]:
     """function(item) of every item, in order, made by as many threads as torch would use for one item, at most `most`.
 
     With one thread it is map(function, items). What a function raises is raised in its turn, and no further items are begun.

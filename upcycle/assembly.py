@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from upcycle.adoption import with_family
-from upcycle.ahead import MOST, in_order
+from upcycle.ahead import in_order, threads_for
 from upcycle.batches import run_key
 from upcycle.checkpoint import Checkpoint, CheckpointWriter, Stored, finite, tensor_sha256
 from upcycle.configuration import UpcycledConfig
@@ -166,7 +166,9 @@ def write_mixture(
     def make(piece: Piece) -> tuple[Tensor, dict]:
         return _make(piece, config, found, {"seed": seed} | branches, choice, dtype, merger)
 
-    made = in_order(make, pieces, most=1 if statistics_of(choice.merge) else MOST)  # as in `dense_merge`
+    made = in_order(
+        make, pieces, most=1 if statistics_of(choice.merge) else threads_for(1 + len(branches))
+    )  # as in `dense_merge`
     for number, (piece, (tensor, row)) in enumerate(zip(pieces, made, strict=True)):
         writer.add(piece.target, tensor)
         rows.append(row)

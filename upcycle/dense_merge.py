@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from upcycle.ahead import MOST, in_order
+from upcycle.ahead import in_order, threads_for
 from upcycle.checkpoint import DTYPES, Checkpoint, CheckpointWriter, Stored, finite
 from upcycle.directories import copy_companions
 from upcycle.durable import write_json
@@ -68,7 +68,7 @@ def write_merged(
         return tensor, figures.measured(own, Member(stored[SEED])) if figures else None
 
     # Methods that read curvature solve systems, at which torch's own threads are better.
-    made = in_order(make, seed.names, most=1 if statistics_of(config) else MOST)
+    made = in_order(make, seed.names, most=1 if statistics_of(config) else threads_for(len(models)))
     for number, (name, (tensor, found)) in enumerate(zip(seed.names, made, strict=True)):
         writer.add(name, tensor)
         if figures is not None:

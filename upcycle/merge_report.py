@@ -76,10 +76,9 @@ def task_vectors(merging: Merging) -> TaskVectors:
     entries = math.prod(merging.shape)
     for place in places(entries, BLOCK):
         found = {name: tau.of(place) for name, tau in taus.items()}
-        wide = {name: tau.double() for name, tau in found.items()}
-        for a, b in dots:
-            dots[a, b] += (wide[a] @ wide[b]).item()
-        del wide
+        for a, b in dots:  # widened two at a time, whatever the number of branches
+            wide = found[a].double()
+            dots[a, b] += (wide @ (wide if a == b else found[b].double())).item()
         signs = {name: tau.sign_() for name, tau in found.items()}
         less = {
             pair: int(signs[pair[0]] @ signs[pair[1]]) for pair in pairs

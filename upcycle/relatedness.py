@@ -10,7 +10,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from upcycle.ahead import in_order
+from upcycle.ahead import in_order, threads_for
 from upcycle.checkpoint import Checkpoint
 
 # Two models that share no training have cos(θ_b, θ_seed) ≈ 0 (by chance about 1/√n for n weights), whatever their scales.
@@ -87,7 +87,9 @@ def check_related(
     if sample is None:
         sample = sum(one.size_bytes() for one in (seed, *branches.values())) > SAMPLE_ABOVE_BYTES
     groups = _layers(seed, sample)
-    layers = tuple(in_order(lambda layer: _figures(layer, groups[layer], seed, branches), groups))
+    layers = tuple(
+        in_order(lambda layer: _figures(layer, groups[layer], seed, branches), groups, threads_for(1 + len(branches)))
+    )
     found = [text for name in branches if (text := _stranger(name, layers, branches[name], seed))]
     found += _copies(layers, seed, branches)
     return Relatedness(layers, sample, found)
