@@ -113,9 +113,9 @@ class Models:
         # Nothing else of a trace depends on the strategy.
         strategy = group.strategy if train.gradient_checkpointing else "single"
         key = (config.to_json_string(), train.micro_batch_sequences, train.sequence_length, train.precision)
-        key = (*key, train.gradient_checkpointing, train.phases, strategy)
+        key = (*key, train.gradient_checkpointing, train.phases, strategy, group.device.cpu)
         if key not in self._traced:
-            self._traced[key] = footprint(config, train, strategy)
+            self._traced[key] = footprint(config, train, strategy, group.device.cpu)
         return needs(Shape.of_config(config.to_dict()), self._traced[key], train, group)
 
     def evaluation(self, config: Any, settings: EvalConfig, copies: int, group: Group) -> Needs:

@@ -95,7 +95,7 @@ def planned(options: argparse.Namespace) -> Any:
     from upcycle.footprint import footprint
 
     config, train = AutoConfig.from_pretrained(options.directory), train_config(options)
-    found = footprint(config, train, options.strategy)
+    found = footprint(config, train, options.strategy, cpu=True)
     group = Group(options.strategy, options.processes, device(CPU, options.processes), link=1.0, utilisation=1.0)
     return needs(Shape.of_config(config.to_dict()), found, train, group)
 

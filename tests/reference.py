@@ -328,6 +328,18 @@ def soft_mixture_of_attention(
     return mixture_of_attention(hidden_BSD, decisions, attentions)
 
 
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """(B, S, H, d) of query (B, H, S, d), key and value (B, K, S, d): each query over the keys up to its own, one at a time."""
+    (batch, heads, length, _), group = query.shape, query.shape[1] // key.shape[1]
+    rows = []
+    for b in range(batch):
+        for s in range(length):
+            for h in range(heads):
+                scores = [scale * (query[b, h, s] * key[b, h // group, t]).sum() for t in range(s + 1)]
+                rows.append(sum(p * value[b, h // group, t] for t, p in enumerate(softmax(scores))))
+    return torch.stack(rows).view(batch, length, heads, -1)
+
+
 def causal_mask(attention_mask: list[list[int]]) -> Tensor:
     """(B, 1, S, S) to be added to attention scores: 0 where the key is a real token at or before the query.
 

@@ -22,7 +22,7 @@ LEVELS = {
     "card": 2, "curvature_merging": 2, "merged": 2, "roles": 2, "merge_report": 2, "router": 2, "checkpoint": 2, "configuration": 2, "documents": 2, "mixture_config": 2, "optim": 2, "soft_merging": 2,
     "attention": 3, "camex": 3, "camex_merging": 3, "curvature": 3, "data": 3, "experts": 3, "health": 3, "init_texts": 3, "preflight": 3, "relatedness": 3, "router_init": 3,
     "cost": 4, "merge": 4, "modeling": 4, "shards": 4,
-    "merger": 5, "pieces": 5, "text_rows": 5,
+    "cpu_kernels": 5, "merger": 5, "pieces": 5, "text_rows": 5,
     "adoption": 6, "curvature_report": 6, "dense_merge": 6, "dense_reference": 6, "edits": 6, "slices": 6,
     "assembly": 7, "engine": 7, "native": 7, "proof": 7,
     "explain": 8, "sharded": 8, "snapshot": 8, "zero": 8,

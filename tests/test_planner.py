@@ -20,6 +20,7 @@ from launch.hardware import CPU, DEVICES, Device, device
 from launch.planner import Group, checkpoint_bytes, held_bytes, needs, sent_bytes, share
 from tests.test_recipes import configured, declared
 from tests.tiny import FAMILY_CONFIGS, VOCAB, dense_config, dense_models, mixture_of
+from upcycle import cpu_kernels
 from upcycle.config import PhaseConfig, ScheduleConfig, TrainConfig
 from upcycle.cost import Shape
 from upcycle.engines import ENGINES
@@ -108,6 +109,16 @@ def test_a_trace_is_what_a_step_with_values_keeps():
         Objective(model, "fp32", 1)(tokens, domains, count, count, 0)["loss"].backward()
     found = footprint(model.config, TRAIN)
     assert 0 <= found.activations - alive.activations <= 64  # a few numbers are tensors of one element there
+
+
+@pytest.mark.parametrize(("length", "kept"), [(64, True), (128, False)])  # of heads of size 8
+def test_on_cpus_attention_keeps_its_probabilities_where_they_are_few(length, kept, monkeypatch):
+    """Of 4 heads in 2 layers, in blocks; beside what SDPA keeps, one number a query less."""
+    monkeypatch.setattr(cpu_kernels, "BLOCK", 16)
+    config, train = dense_config("llama"), replace(TRAIN, sequence_length=length)
+    more = footprint(config, train, cpu=True).activations - footprint(config, train).activations
+    probabilities = 4 * 2 * 4 * 2 * sum(16 * stop for stop in range(16, length + 1, 16))
+    assert (more > 0.7 * probabilities) == kept
 
 
 def test_longer_micro_batches_keep_more_and_checkpointing_less():

@@ -168,12 +168,12 @@ class PlainEngine:
                 tensor.copy_(torch.where(self.masks[parameter], tensor, kept))
 
     def _norm_of(self, group: str) -> Tensor:
-        squares = [
-            parameter.grad.square().sum()
+        gradients = [
+            parameter.grad
             for name, parameter in self.model.named_parameters()
             if group_of(name) == group and parameter.grad is not None
         ]
-        return whole(torch.stack(squares).sum()).sqrt() if squares else torch.zeros(())
+        return whole(torch.nn.utils.get_total_norm(gradients))
 
     # The state -------------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ saves, autocast's bf16 copies of weights, logits, and what a recomputation of ch
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 import weakref
@@ -24,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PretrainedConfig, masking_utils
 
 from upcycle.config import TrainConfig
+from upcycle.cpu_kernels import SORTED_MM, use_cpu_kernels
 from upcycle.modeling import RoutedExperts
 from upcycle.optim import set_trainable
 from upcycle.phases import plan_phases
@@ -110,25 +112,29 @@ class Alive(TorchDispatchMode):
 
 
 @contextmanager
-def _without_storage(config: PretrainedConfig) -> Iterator[Any]:
-    """The model, as modules without values, and a place to run it."""
+def _without_storage(config: PretrainedConfig, cpu: bool) -> Iterator[Any]:
+    """The model, as modules without values, and a place to run it. cpu: with the kernels of training there."""
     # That positions are those of one text a row, only values say; without it transformers builds masks, and kernels other tensors.
     unpacked = mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda *given, **named: None)
     with FakeTensorMode(allow_non_fake_inputs=True), unpacked, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what it would warn of, the stage itself will
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+        if cpu:
+            use_cpu_kernels(model)
+        if model.config._experts_implementation == SORTED_MM:  # how many tokens an expert has, only values say
+            model.set_experts_implementation("grouped_mm")
         for module in model.modules():
             if isinstance(module, RoutedExperts):
                 module.sparse = False  # how many places are taken, only values say
         yield model
 
 
-def footprint(config: PretrainedConfig, train: TrainConfig, strategy: str = "single") -> Footprint:
-    """Of one micro-batch of `train` on a model of this config, in its precision, phases and checkpointing.
+def footprint(config: PretrainedConfig, train: TrainConfig, strategy: str = "single", cpu: bool = False) -> Footprint:
+    """Of one micro-batch of `train` on a model of this config, in its precision, phases and checkpointing, on CPUs or GPUs.
 
     Where routers leave places empty, all of them are counted as taken. Raises ValueError: see `optim.trainable_names`.
     """
-    with _without_storage(config) as model:
+    with _without_storage(config, cpu) as model:
         if train.gradient_checkpointing:
             model.activation_checkpointing_enable(checkpointing_options(strategy))
         model.train()
@@ -174,7 +180,7 @@ def _traced(model: Any, precision: str, sequences: int, length: int) -> Alive:
 
 def forward_bytes(config: PretrainedConfig, sequences: int, length: int, precision: str) -> tuple[int, int]:
     """(weights in fp32, the most that is alive at once beside them) of a forward without a graph, with its losses."""
-    with _without_storage(config) as model, torch.no_grad():
+    with _without_storage(config, cpu=False) as model, torch.no_grad():
         model.eval()
         weights = sum(parameter.nbytes for parameter in model.parameters())
         alive = _traced(model, precision, sequences, length)

@@ -25,6 +25,7 @@ from upcycle import stopping
 from upcycle.batches import Batches
 from upcycle.checkpoint import CheckpointWriter
 from upcycle.config import TrainConfig
+from upcycle.cpu_kernels import use_cpu_kernels
 from upcycle.engine import PlainEngine
 from upcycle.engines import ENGINES
 from upcycle.families import language_model_head
@@ -118,6 +119,8 @@ class Loop:
     def __post_init__(self):
         self.phases, self.team = plan_phases(self.config), self.engine.team
         self.device = self.engine.accelerator.device
+        if self.device.type == "cpu":
+            use_cpu_kernels(self.engine.model)
 
     def begin(self, step: int, saved: Snapshot | None) -> None:
         """Start, or go on with, the phase that `step` belongs to."""
