@@ -23,6 +23,7 @@ from upcycle.directories import resolve
 from upcycle.footprint import DependsOnValues, footprint, forward_bytes
 from upcycle.stages import draw_moe
 from upcycle.store import Artifact
+from upcycle.team import PARTITIONED
 
 PER_MACHINE = 8  # devices of a machine, where nobody says how many
 DOUBLINGS = 4  # of processes, that advice tries
@@ -111,7 +112,7 @@ class Models:
 
     def needs(self, config: Any, train: TrainConfig, group: Group) -> Needs:
         # Nothing else of a trace depends on the strategy.
-        strategy = group.strategy if train.gradient_checkpointing else "single"
+        strategy = "zero3" if group.strategy in PARTITIONED else "single"
         key = (config.to_json_string(), train.micro_batch_sequences, train.sequence_length, train.precision)
         key = (*key, train.gradient_checkpointing, train.phases, strategy, group.device.cpu)
         if key not in self._traced:
@@ -284,7 +285,7 @@ def _changes(one: Planned, launch: LaunchConfig) -> Iterator[tuple[str, str, Tra
     if train.micro_batch_sequences > 1:
         train = replace(train, micro_batch_sequences=1)
         yield f"{where}.micro_batch_sequences", "1", train, group
-    if group.strategy not in ("zero3", "fsdp2") and (group.ranks > 1 or not group.device.cpu):
+    if group.strategy not in PARTITIONED and (group.ranks > 1 or not group.device.cpu):
         group = replace(group, strategy="zero3")
         yield "launch.config", "zero3", train, group
     by_nodes = isinstance(launch, SlurmConfig) and launch.processes is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import reference
 import tiny
@@ -34,32 +36,70 @@ def assert_same_gradients(ours, theirs):
 # -------------------------------------------------------------------------------------------------- cross-entropy
 
 
-@pytest.mark.parametrize("chunked", [False, True])
-def test_cross_entropy_equals_loop_over_tokens(chunked, monkeypatch):
-    if chunked:
+@pytest.mark.parametrize("way", ["full", "recomputed", "at once"])
+def test_cross_entropy_equals_loop_over_tokens(way, monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK_TOKENS", 4)
+    if way != "full":
         monkeypatch.setattr(losses, "FULL_LOGITS_BYTES", 0)
     head, vocab = torch.nn.Linear(8, 11), 11
     hidden = torch.randn(B, S, 8, requires_grad=True)
     ids = torch.randint(0, vocab, (B, S))
     valid = VALID.flip(1)  # padding on the right
     labels = losses.next_token_labels(ids, valid)
-    nats, count = losses.cross_entropy_sum(hidden.flatten(0, 1), head, labels.flatten(), vocab, chunk_tokens=4)
-    gradients = torch.autograd.grad(nats, [hidden, *head.parameters()])
+    weights = tuple(head.parameters()) if way == "at once" else ()
+    nats, count = losses.cross_entropy_sum(hidden.flatten(0, 1), head, labels.flatten(), vocab, weights)
+    gradients = torch.autograd.grad(3 * nats, [hidden, *head.parameters()])
     twin, twin_count = reference.next_token_cross_entropy(head(hidden), ids.masked_fill(~valid, reference.IGNORED))
     assert count == twin_count == 2 + 4 + 3
     torch.testing.assert_close(nats.double(), twin)
-    for ours, theirs in zip(gradients, torch.autograd.grad(twin, [hidden, *head.parameters()]), strict=True):
+    for ours, theirs in zip(gradients, torch.autograd.grad(3 * twin, [hidden, *head.parameters()]), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_chunks_never_hold_all_logits(monkeypatch):
+@pytest.mark.parametrize("at_once", [False, True])
+def test_chunks_never_hold_all_logits(at_once, monkeypatch):
     monkeypatch.setattr(losses, "FULL_LOGITS_BYTES", 0)
-    head, seen = torch.nn.Linear(8, 11), []
-    head.register_forward_hook(lambda module, args, out: seen.append(len(out)))
-    nats, _ = losses.cross_entropy_sum(torch.randn(10, 8), head, torch.randint(0, 11, (10,)), 11, chunk_tokens=4)
+    monkeypatch.setattr(losses, "CHUNK_TOKENS", 4)
+    head, seen, alive = torch.nn.Linear(8, 11), [], []
+
+    def made(module, args, out):
+        seen.append(len(out))
+        alive.append(weakref.ref(out))
+
+    head.register_forward_hook(made)
+    weights = tuple(head.parameters()) if at_once else ()
+    nats, _ = losses.cross_entropy_sum(torch.randn(10, 8), head, torch.randint(0, 11, (10,)), 11, weights)
+    assert not any(one() is not None for one in alive)
     nats.backward()
     assert seen[:3] == [4, 4, 2]
-    assert sorted(seen[3:]) == [2, 4, 4]  # backward computes each chunk's logits again instead of keeping them
+    assert sorted(seen[3:]) == ([] if at_once else [2, 4, 4])  # backward computes each chunk's logits again
+
+
+def test_frozen_heads_and_frozen_models_get_no_gradient(monkeypatch):
+    monkeypatch.setattr(losses, "FULL_LOGITS_BYTES", 0)
+    head, hidden, labels = torch.nn.Linear(8, 11), torch.randn(10, 8, requires_grad=True), torch.randint(0, 11, (10,))
+    head.weight.requires_grad_(False)
+    losses.cross_entropy_sum(hidden, head, labels, 11, tuple(head.parameters()))[0].backward()
+    assert head.weight.grad is None and head.bias.grad.abs().sum() > 0 and hidden.grad.abs().sum() > 0
+    with torch.no_grad():
+        nats, _ = losses.cross_entropy_sum(hidden, head, labels, 11, tuple(head.parameters()))
+    torch.testing.assert_close(nats, losses.token_nats(hidden, head, labels).sum().detach())
+
+
+def test_at_once_under_autocast_gives_the_gradients_of_full_logits(monkeypatch):
+    """Weights are cast once and used by every chunk; sums over chunks are fp32."""
+    head = torch.nn.Linear(16, 50, bias=False)
+    hidden, labels = torch.randn(64, 16, requires_grad=True), torch.randint(0, 50, (64,))
+    found = []
+    for limit in (2**62, 0):
+        monkeypatch.setattr(losses, "FULL_LOGITS_BYTES", limit)
+        monkeypatch.setattr(losses, "CHUNK_TOKENS", 16)
+        with torch.autocast("cpu", torch.bfloat16):
+            nats, _ = losses.cross_entropy_sum(hidden, head, labels, 50, tuple(head.parameters()))
+        found.append([nats.detach(), *torch.autograd.grad(nats, [hidden, head.weight])])
+    for full, chunked in zip(*found, strict=True):
+        assert full.dtype == chunked.dtype == torch.float32
+        assert (full - chunked).norm() <= 0.01 * full.norm()
 
 
 def test_cross_entropy_of_no_targets_is_zero_with_finite_gradients():

@@ -30,6 +30,7 @@ from upcycle.modeling import RoutedExperts
 from upcycle.optim import set_trainable
 from upcycle.phases import plan_phases
 from upcycle.sharded import decoder_layers
+from upcycle.team import PARTITIONED
 from upcycle.train import Objective, checkpointing_options
 
 
@@ -150,7 +151,8 @@ def footprint(config: PretrainedConfig, train: TrainConfig, strategy: str = "sin
         for phase in dict.fromkeys(phase.config for phase in plan_phases(train)):
             set_trainable(model, phase)
             trained.append([name for name, parameter in model.named_parameters() if parameter.requires_grad])
-            traces.append(_traced(model, train.precision, train.micro_batch_sequences, train.sequence_length))
+            objective = Objective(model, train.precision, 1, whole=strategy not in PARTITIONED)
+            traces.append(_traced(objective, train.micro_batch_sequences, train.sequence_length))
     return Footprint(
         activations=max(trace.activations for trace in traces),
         shapes=shapes,
@@ -161,12 +163,11 @@ def footprint(config: PretrainedConfig, train: TrainConfig, strategy: str = "sin
     )
 
 
-def _traced(model: Any, precision: str, sequences: int, length: int) -> Alive:
+def _traced(objective: Objective, sequences: int, length: int) -> Alive:
     """A forward with its losses, and where gradients are recorded the backward."""
-    alive = Alive(model)
+    alive = Alive(objective.model)
     tokens, domains = torch.zeros(sequences, length, dtype=torch.long), torch.zeros(2, sequences, dtype=torch.long)
     count = torch.tensor(sequences * length)
-    objective = Objective(model, precision, 1).train(model.training)
     try:
         with alive:
             loss = objective(tokens, domains, count, count, 0)["loss"]
@@ -183,5 +184,5 @@ def forward_bytes(config: PretrainedConfig, sequences: int, length: int, precisi
     with _without_storage(config, cpu=False) as model, torch.no_grad():
         model.eval()
         weights = sum(parameter.nbytes for parameter in model.parameters())
-        alive = _traced(model, precision, sequences, length)
+        alive = _traced(Objective(model, precision, 1).eval(), sequences, length)
     return weights, alive.activations

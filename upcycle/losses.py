@@ -8,15 +8,18 @@ This file travels inside checkpoints as remote code: it imports nothing else of 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100
-FULL_LOGITS_BYTES = 256 * 2**20  # below this, one pass over all logits is cheaper than recomputing chunks
+FULL_LOGITS_BYTES = 256 * 2**20  # below this, one pass over all logits is cheaper than chunks
+CHUNK_TOKENS = 256
 
 
 def next_token_labels(input_ids_BS: Tensor, valid_BS: Tensor | None = None) -> Tensor:
@@ -34,22 +37,61 @@ def token_nats(hidden_TD: Tensor, head: Callable[[Tensor], Tensor], labels_T: Te
 
 
 def cross_entropy_sum(
-    hidden_TD: Tensor, head: Callable[[Tensor], Tensor], labels_T: Tensor, vocab_size: int, chunk_tokens: int = 1024
+    hidden_TD: Tensor,
+    head: Callable[[Tensor], Tensor],
+    labels_T: Tensor,
+    vocab_size: int,
+    weights: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     """(Σ over valid tokens of −log p(label) in nats, number of valid tokens).
 
-    Above FULL_LOGITS_BYTES of fp32 logits, works on `chunk_tokens` at a time and recomputes their logits in backward,
-    so that (T, V) logits never exist at once.
+    Above FULL_LOGITS_BYTES of fp32 logits, works on CHUNK_TOKENS at a time, so that (T, V) logits never exist at once. weights:
+    all that `head` computes with, if it is whole on this rank: each chunk's gradients are then taken at once, while its logits are
+    there; without, its logits are computed again in backward.
     """
     count = (labels_T != IGNORED).sum()
     if hidden_TD.shape[0] * vocab_size * 4 <= FULL_LOGITS_BYTES:
         return token_nats(hidden_TD, head, labels_T).sum(), count
+    if weights and torch.is_grad_enabled():
+        nats = _ChunkedNats.apply(head, labels_T, hidden_TD, *weights)
+        assert isinstance(nats, Tensor)
+        return nats, count
     total = hidden_TD.new_zeros((), dtype=torch.float32)
-    for hidden, labels in zip(hidden_TD.split(chunk_tokens), labels_T.split(chunk_tokens), strict=True):
+    for hidden, labels in zip(hidden_TD.split(CHUNK_TOKENS), labels_T.split(CHUNK_TOKENS), strict=True):
         nats = checkpoint(token_nats, hidden, head, labels, use_reentrant=False)
         assert isinstance(nats, Tensor)
         total = total + nats.sum()
     return total, count
+
+
+class _ChunkedNats(torch.autograd.Function):
+    """Σ token_nats, with its gradients in hidden states and the head's weights taken during the forward."""
+
+    @staticmethod
+    def forward(ctx: Any, head: Callable[[Tensor], Tensor], labels_T: Tensor, *inputs: Tensor) -> Tensor:
+        hidden_TD, *weights = inputs
+        trained = [weight for weight in weights if weight.requires_grad]
+        total = hidden_TD.new_zeros((), dtype=torch.float32)
+        to_hidden, to_weights = [], [torch.zeros_like(weight) for weight in trained]
+        for hidden, labels in zip(hidden_TD.split(CHUNK_TOKENS), labels_T.split(CHUNK_TOKENS), strict=True):
+            with torch.enable_grad():
+                own = hidden.detach().requires_grad_()
+                nats = token_nats(own, head, labels).sum()
+            to_own, *others = torch.autograd.grad(nats, [own, *trained])
+            to_hidden.append(to_own)
+            for sums, other in zip(to_weights, others, strict=True):
+                sums += other
+            total += nats.detach()
+        ctx.gradients = torch.cat(to_hidden), iter(to_weights)
+        ctx.trained = [weight.requires_grad for weight in weights]
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (to_hidden, to_weights), (scale,) = ctx.gradients, gradients
+        of_weights = [next(to_weights).mul_(scale) if trained else None for trained in ctx.trained]
+        return None, None, to_hidden * scale, *of_weights
 
 
 def gate_load(gates_TK: Tensor, experts_TK: Tensor, num_experts: int) -> Tensor:

@@ -17,6 +17,7 @@ from datetime import timedelta
 from typing import Any
 
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
+PARTITIONED = ("zero3", "fsdp2")  # a rank holds part of the weights
 PATIENCE = timedelta(days=7)  # how long ranks wait for the first one, which makes the stages that need no group
 
 

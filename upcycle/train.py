@@ -39,7 +39,7 @@ from upcycle.router import Router, RoutingTrace
 from upcycle.slices import phase_masks
 from upcycle.snapshot import Snapshot, newest_snapshot, save_snapshot
 from upcycle.store import Run
-from upcycle.team import Team
+from upcycle.team import PARTITIONED, Team
 
 METRICS = "metrics.jsonl"
 SHARD_BYTES = 4_000_000_000
@@ -47,11 +47,14 @@ BALANCED = 1e-6  # a gap of loads below this is rounding, whose sign depends on 
 
 
 class Objective(nn.Module):
-    """A causal LM and its training loss as sums over tokens; the module that Accelerate wraps."""
+    """A causal LM and its training loss as sums over tokens; the module that Accelerate wraps.
 
-    def __init__(self, model: PreTrainedModel, precision: str, domains: int):
+    whole: whether a rank has whole weights also when no module of theirs runs (PARTITIONED strategies do not).
+    """
+
+    def __init__(self, model: PreTrainedModel, precision: str, domains: int, whole: bool = True):
         super().__init__()
-        self.model, self.precision, self.domains = model, precision, domains
+        self.model, self.precision, self.domains, self.whole = model, precision, domains, whole
         self.mixture = model if isinstance(model, UpcycledForCausalLM) else None
 
     def forward(
@@ -71,8 +74,9 @@ class Objective(nn.Module):
             hidden = self.model.base_model(input_ids=input_ids_BS, use_cache=False, **extra).last_hidden_state
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
             labels = next_token_labels(input_ids_BS)
-            head = language_model_head(self.model)
-            nats, _ = cross_entropy_sum(hidden.flatten(0, 1), head, labels.flatten(), self.model.config.vocab_size)
+            head, vocabulary = language_model_head(self.model), self.model.config.vocab_size
+            weights = tuple(self.model.get_output_embeddings().parameters()) if self.whole else ()
+            nats, _ = cross_entropy_sum(hidden.flatten(0, 1), head, labels.flatten(), vocabulary, weights)
         parts = {"cross_entropy": nats / targets}
         loss = parts["cross_entropy"]
         if self.mixture and trace:
@@ -218,7 +222,9 @@ def train(
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable(checkpointing_options(run.team.strategy))
     model.train()
-    engine = ENGINES[run.team.strategy](Objective(model, config.precision, len(batches.counts)), config, run.team)
+    strategy = run.team.strategy
+    objective = Objective(model, config.precision, len(batches.counts), whole=strategy not in PARTITIONED)
+    engine = ENGINES[strategy](objective, config, run.team)
     set_seed(config.rng_seed + run.team.rank)  # of dropout: ranks must not drop the same places
     loop = Loop(config, engine, batches, run.say)
     snapshot = newest_snapshot(out / "checkpoints", run.team, run.say)

@@ -16,7 +16,7 @@ from upcycle.batches import Batches
 from upcycle.config import OptimizerConfig, PhaseConfig, ScheduleConfig, TrainConfig
 from upcycle.engines import ENGINES
 from upcycle.machine import matmul_peak_flops
-from upcycle.team import ALONE, Team
+from upcycle.team import ALONE, PARTITIONED, Team
 from upcycle.train import Loop, Objective, checkpointing_options
 
 RATE = 1e-4
@@ -99,7 +99,8 @@ class LoopSide(_Training):
         train = settings(config)
         if config.get("checkpointing"):
             self.model.activation_checkpointing_enable(checkpointing_options(team.strategy))
-        engine = ENGINES[team.strategy](Objective(self.model, train.precision, 1), train, team)
+        objective = Objective(self.model, train.precision, 1, whole=team.strategy not in PARTITIONED)
+        engine = ENGINES[team.strategy](objective, train, team)
         self.loop, self.number = Loop(train, engine, batches(config)), 0
         self.loop.begin(0, None)
 
