@@ -9,19 +9,20 @@ sorted_mm       tokens sorted by expert, each expert's feed-forward from end to 
 
 What they gain: `python -m evals.speed training`. Scores are fp32, all other products of the inputs' dtype; in bf16 gradients are
 at least as near as those of SDPA's kernel. Shapes: B batch, H query heads, K key/value heads, G = H/K, N = B·K, S sequence,
-d head size, b queries of a block; T tokens, E experts, k of them for a token, D hidden.
+d head size, b queries of a block; T tokens, E experts, k of them for a token, R = T·k and
+some room, D hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
 from transformers import PreTrainedModel
+from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
@@ -29,8 +30,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from upcycle.modeling import UpcycledForCausalLM
 
+Inner = Callable[[Tensor], Tensor] | None  # between an expert's projections; None: silu(gate) ⊙ up
+
 CAUSAL_BLOCKS, SORTED_MM = "causal_blocks", "sorted_mm"
 BLOCK = 128  # queries
+ROWS = 64  # an expert's are filled up to a multiple: oneDNN compiles products anew for each number of rows, and keeps 1,024 of them
 KEPT_PER_SIZE = 8  # probabilities of S <= 8 d are kept: no more than queries, keys, values and output together
 
 
@@ -133,24 +137,110 @@ def sorted_mm_forward(experts: Any, hidden_TD: Tensor, experts_Tk: Tensor, gates
     if torch.compiler.is_compiling() or experts._is_expert_parallel:
         return grouped_mm_experts_forward(experts, hidden_TD, experts_Tk, gates_Tk)
     chosen, order = experts_Tk.flatten().sort(stable=True)
-    counts = torch.bincount(chosen, minlength=experts.num_experts).tolist()
+    counts = torch.bincount(chosen, minlength=experts.num_experts)
+    whole = (counts + ROWS - 1) // ROWS * ROWS
+    shifts = (whole - counts).cumsum(0) - (whole - counts)  # by how many rows each expert's begin later
+    places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)) + shifts[chosen])
+    sources = order.new_zeros(len(order) + experts.num_experts * ROWS)
+    sources[places] = torch.arange(len(order)) // experts_Tk.shape[1]
     first = "gate_up_proj" if experts.has_gate else "up_proj"
-    ups, downs = (_of_each_expert(experts, name) for name in (first, "down_proj"))
-    rows = hidden_TD.index_select(0, order // experts_Tk.shape[1]).split(counts)
-    out = []
-    for x, up, down in zip(rows, ups, downs, strict=True):
-        inner = linear(x, *up)
-        out.append(linear(experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner), *down))
-    gated = torch.cat(out) * gates_Tk.flatten().index_select(0, order).unsqueeze(1)
-    places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    return gated.index_select(0, places).view(*experts_Tk.shape, -1).sum(1).to(hidden_TD.dtype)
+    names = [first, f"{first}_bias", "down_proj", "down_proj_bias"] if experts.has_bias else [first, "down_proj"]
+    inner = experts._apply_gate if experts.has_gate else experts.act_fn
+    if experts.has_gate and isinstance(experts.act_fn, (nn.SiLU, SiLUActivation)):
+        inner = None
+    weights = [getattr(experts, name) for name in names]
+    out_RD = _SortedExperts.apply(whole.tolist(), inner, hidden_TD.index_select(0, sources), *weights)
+    out_TkD = out_RD.index_select(0, places).view(*experts_Tk.shape, -1)
+    return (out_TkD * gates_Tk.unsqueeze(-1)).sum(1).to(hidden_TD.dtype)
 
 
-def _of_each_expert(experts: Any, name: str) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Weight and bias of a projection."""
-    weights = getattr(experts, name).unbind(0)
-    biases = getattr(experts, f"{name}_bias").unbind(0) if experts.has_bias else (None,) * len(weights)
-    return zip(weights, biases, strict=True)
+class _SortedExperts(torch.autograd.Function):
+    """(R, D) rows sorted by expert, `counts` of each -> (R, D), MLP_expert of each row; of rows at the end, nothing.
+
+    All memory is taken for all R rows: sizes that change with the routing would leave holes in the heap. What is between the
+    projections is computed again in backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, counts: list[int], inner: Inner, *inputs: Tensor) -> Tensor:
+        rows_RD, *weights = inputs
+        (up, up_bias), (down, down_bias) = _pairs(weights)
+        count, width = len(rows_RD), down.shape[2]
+        before, room = rows_RD.new_empty(count, up.shape[1]), rows_RD.new_empty(count, width)
+        out = rows_RD.new_empty(count, down.shape[1])
+        for expert, own in _ranges(counts):
+            _project(rows_RD[own], up[expert], up_bias, expert, before[own])
+            _project(_between(inner, before[own], room[own]), down[expert], down_bias, expert, out[own])
+        ctx.save_for_backward(rows_RD, before, *weights)
+        ctx.counts, ctx.inner = counts, inner
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        (given_RD,), (rows_RD, before, *weights) = gradients, ctx.saved_tensors
+        up, down = weights[0], weights[len(weights) // 2]
+        to_rows, to_weights = torch.zeros_like(rows_RD), [torch.zeros_like(weight) for weight in weights]
+        (to_up, to_up_bias), (to_down, to_down_bias) = _pairs(to_weights)
+        to_after, room = before.new_empty(2, len(rows_RD), down.shape[2])
+        to_before = torch.empty_like(before)
+        for expert, own in _ranges(ctx.counts):
+            torch.mm(given_RD[own], down[expert], out=to_after[own])
+            after = _between_backward(ctx.inner, before[own], to_after[own], to_before[own], room[own])
+            torch.mm(given_RD[own].T, after, out=to_down[expert])
+            torch.mm(to_before[own].T, rows_RD[own], out=to_up[expert])
+            torch.mm(to_before[own], up[expert], out=to_rows[own])
+            if to_up_bias is not None and to_down_bias is not None:
+                to_up_bias[expert], to_down_bias[expert] = to_before[own].sum(0), given_RD[own].sum(0)
+        return None, None, to_rows, *to_weights
+
+
+def _between(inner: Inner, before: Tensor, room: Tensor) -> Tensor:
+    """What the second projection gets of what the first one gives; SwiGLU's in `room`."""
+    if inner is not None:
+        return inner(before)
+    gate, up = before.chunk(2, -1)
+    torch.ops.aten.silu.out(gate, out=room)
+    return room.mul_(up)
+
+
+def _between_backward(inner: Inner, before: Tensor, to_after: Tensor, to_before: Tensor, room: Tensor) -> Tensor:
+    """Fills `to_before`; returns what `_between` did. Takes `to_after` and `room` as space, too."""
+    if inner is not None:
+        with torch.enable_grad():
+            middle = before.detach().requires_grad_()
+            after = inner(middle)
+        (found,) = torch.autograd.grad(after, middle, to_after)
+        to_before.copy_(found)
+        return after.detach()
+    (gate, up), (to_gate, to_up) = before.chunk(2, -1), to_before.chunk(2, -1)
+    torch.ops.aten.silu.out(gate, out=room)
+    torch.mul(to_after, room, out=to_up)
+    torch.ops.aten.silu_backward.grad_input(to_after.mul_(up), gate, grad_input=to_gate)
+    return room.mul_(up)
+
+
+def _pairs(weights: list[Tensor]) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+    """(weight, bias) of the two projections."""
+    if len(weights) == 2:
+        return (weights[0], None), (weights[1], None)
+    return (weights[0], weights[1]), (weights[2], weights[3])
+
+
+def _ranges(counts: list[int]) -> Iterator[tuple[int, slice]]:
+    """Each expert that has rows, and which they are."""
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            yield expert, slice(start, start + count)
+        start += count
+
+
+def _project(rows: Tensor, weight: Tensor, bias: Tensor | None, expert: int, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(rows, weight.T, out=out)
+    else:
+        torch.addmm(bias[expert], rows, weight.T, out=out)
 
 
 ALL_ATTENTION_FUNCTIONS.register(CAUSAL_BLOCKS, causal_blocks_forward)

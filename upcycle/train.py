@@ -75,7 +75,8 @@ class Objective(nn.Module):
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
             labels = next_token_labels(input_ids_BS)
             head, vocabulary = language_model_head(self.model), self.model.config.vocab_size
-            weights = tuple(self.model.get_output_embeddings().parameters()) if self.whole else ()
+            linear: Any = self.model.get_output_embeddings()
+            weights = tuple(linear.parameters()) if self.whole else ()
             nats, _ = cross_entropy_sum(hidden.flatten(0, 1), head, labels.flatten(), vocabulary, weights)
         parts = {"cross_entropy": nats / targets}
         loss = parts["cross_entropy"]
