@@ -15,16 +15,16 @@ import upcycle.losses
 from evals.benchmarks import assembly, checks, decoding, memory, scaling, shapes, training
 from evals.benchmarks.rows import AT_MOST, TARGETS, Row, compared, lines, unscored
 from evals.benchmarks.sides import Bench, Side, SideFailed, alternate, environment
-from evals.performance_page import PAGE, markdown, record, write_page
 from upcycle.cost import Shape
 
-# The rows that have a ratio to reach, as the project promises them.
+# The ratios to reach, as the project promises them; memory_logits is to be at most that.
 PROMISED = {
-    "train_btx_default", "train_btx_tuned", "train_btx_dense", "train_btx_compiled", "train_bam_dense", "train_dense_peak",
-    "memory_logits", "decode_bam_shared_kv", "assembly_mergekit", "ties_mergekit", "assembly_cp", "tokenize", "ranks_ddp",
-    "ranks_zero2", "start_plan",
+    "train_btx_default": 2.7, "train_btx_tuned": 1.4, "train_btx_dense": 0.90, "train_btx_compiled": 0.90,
+    "train_btx_compile_gain": 1.15, "train_bam_dense": 0.95, "train_dense_peak": 0.5, "memory_logits": 0.6,
+    "decode_bam_shared_kv": 0.8, "assembly_mergekit": 2.5, "ties_mergekit": 3, "assembly_cp": 0.5, "ties_cp": 0.25,
+    "tokenize": 0.8, "ranks_ddp": 1.7, "ranks_zero2": 1.7, "start_plan": 1,
 }  # fmt: skip
-FIELDS = {"name", "ours", "peer", "unit", "ratio", "target", "met", "spread"}
+FIELDS = {"name", "ours", "peer", "unit", "ratio", "target", "met", "spread", "rounds", "checked"}
 
 
 # The arithmetic ------------------------------------------------------------------------------------------------------
@@ -40,14 +40,15 @@ def test_rates_are_ours_over_the_peers():
 def test_seconds_are_the_peers_over_ours():
     row = compared("assembly_mergekit", "", [2.0, 4.0, 5.0], [12.0, 10.0, 8.0], "s", less_is_better=True)
     assert (row.ours, row.peer, row.ratio, row.met) == (4.0, 10.0, 2.5, True)
-    assert row.spread == (1.6, 6.0)
+    assert row.spread == (1.6, 6.0) and row.rounds == 3
 
 
 def test_memory_of_logits_is_ours_over_the_peers_and_is_to_be_small():
-    assert {"memory_logits"} == AT_MOST
+    assert {"memory_logits", "memory_logits_checkpointed"} == AT_MOST
     row = compared("memory_logits", "", [6.0], [10.0], "bytes", less_is_better=True)
     assert (row.ratio, row.met) == (0.6, True)
     assert compared("memory_logits", "", [6.1], [10.0], "bytes", less_is_better=True).met is False
+    assert compared("memory_logits_checkpointed", "", [6.0], [10.0], "bytes", less_is_better=True).ratio == 0.6
 
 
 def test_a_name_without_a_target_is_reported():
@@ -69,7 +70,7 @@ def test_what_was_not_compared_is_neither_met_nor_missed():
 
 
 def test_every_promised_ratio_has_its_target():
-    assert set(TARGETS) >= PROMISED
+    assert TARGETS == PROMISED
     ours = set(Row(name="", case="", unit="").to_dict())
     assert ours >= FIELDS
 
@@ -244,46 +245,6 @@ def test_what_could_not_be_compared_ends_with_status_1(monkeypatch, tmp_path, ca
     (row,) = json.loads((tmp_path / "rows.json").read_text())
     assert row["met"] is None and row["problem"] == "they differ" and row["quick"] is True
     assert "are not to be published" in capsys.readouterr().out
-
-
-# The page ------------------------------------------------------------------------------------------------------------
-
-
-def constructed(page):
-    rows = [
-        compared("tokenize", "text", [9.0], [10.0], "bytes/s", limit="the tokenizer"),
-        compared("start_plan", "demo", [4.0], [3.0], "s", less_is_better=True),
-        unscored("ties_mergekit", "tiny", "s", "exit status 1"),
-        scaling.Curve("scaling_step", "layers", "s", (1.0, 2.0), (1.0, 4.0), (5.0, 10.0)).row(),
-    ]
-    profiles = {"BTX": {"seconds": 1.5, "operators": [["aten::mm", 0.5, 12]]}}
-    bench = Bench(page.parent, rounds=1, known={"limits": {"matmul": 7e11, "memory": 2e10}})
-    return record(rows, profiles, ["--page"], bench, page)
-
-
-def test_the_page_is_what_its_json_gives(tmp_path):
-    page = tmp_path / "performance.md"
-    write_page(constructed(page), page)
-    found = json.loads(page.with_suffix(".json").read_text())
-    text = page.read_text()
-    assert text == markdown(found)
-    for part in (
-        "1 of 3 ratios with a target are reached", "| tokenize | text | 9 | 10 | bytes/s | 0.90 | 0.90 to 0.90 | ≥ 0.8 | yes | the tokenizer |",
-        "NOT COMPARED: exit status 1", "matrix products in bf16 700.0 GFLOP/s", "| `aten::mm` | 50.0% | 12 |", "## Scaling", "`python -m evals.speed --page`",
-    ):  # fmt: skip
-        assert part in text
-    assert "Tried" not in text
-    for other in PAGE.parent.glob("performance.json"):  # there is one once a whole run has been published
-        assert PAGE.read_text() == markdown(json.loads(other.read_text()))
-
-
-def test_what_was_tried_stays_when_the_rest_is_measured_again(tmp_path):
-    page = tmp_path / "performance.md"
-    found = constructed(page) | {"tried": [{"what": "Flex attention", "found": "no backward on CPU"}]}
-    write_page(found, page)
-    again = constructed(page)
-    assert again["tried"] == found["tried"]
-    assert "- **Flex attention**: no backward on CPU" in markdown(again)
 
 
 # Tiny sizes ----------------------------------------------------------------------------------------------------------

@@ -58,10 +58,13 @@ def whole_process(command: Sequence[str], bench: Bench) -> Ended:
 def models_of(bench: Bench) -> Path:
     """Four checkpoints of the largest size, written once a run. Raises SideFailed."""
     folder = bench.folder / "models"
-    if not folder.exists():
-        folder.mkdir()
-        made = bench.once("checkpoints:write_models", {"folder": str(folder), "sizes": largest(bench.quick).seed})
+    if not folder.exists():  # it appears whole: one that could not be written is tried again by the next benchmark
+        part = bench.folder / "models.part"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        made = bench.once("checkpoints:write_models", {"folder": str(part), "sizes": largest(bench.quick).seed})
         bench.known["model_bytes"] = made["bytes"]
+        part.rename(folder)
     return folder
 
 

@@ -27,14 +27,17 @@ TARGETS: dict[str, float] = {
     "ranks_zero2": 1.7,
     "start_plan": 1.0,
 }
-AT_MOST = {"memory_logits"}  # whose ratio is ours / peer and is to be small
+AT_MOST = {"memory_logits", "memory_logits_checkpointed"}  # whose ratio is ours / peer and is to be small
+
+REMARK = "limit or remark"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """ours, peer: medians in `unit`, over rounds. ratio > 1: ours is better; of AT_MOST, ours / peer. spread: the lowest and the
     highest ratio of a round. case: which of several measurements of one name. met: None without a target, and where nothing
-    could be compared. limit: which limit binds, as measured. problem: why there is no ratio.
+    could be compared. rounds: measurements of ours. checked: in what ours and the peer were found to be the same.
+    limit: how near which limit is, as measured. problem: why there is no ratio.
     """
 
     name: str
@@ -46,6 +49,8 @@ class Row:
     target: float | None = None
     met: bool | None = None
     spread: tuple[float, float] | None = None
+    rounds: int | None = None
+    checked: str = ""
     limit: str = ""
     note: str = ""
     problem: str = ""
@@ -56,7 +61,7 @@ class Row:
 
 def compared(
     name: str, case: str, ours: Sequence[float], peer: Sequence[float], unit: str, *, less_is_better: bool = False,
-    limit: str = "", note: str = "",
+    checked: str = "", limit: str = "", note: str = "",
 ) -> Row:  # fmt: skip
     """A row of what alternate rounds measured: ours[i] ran beside peer[i]."""
     assert ours and len(ours) == len(peer), f"{name}: {len(ours)} rounds of ours, {len(peer)} of the peer"
@@ -70,7 +75,7 @@ def compared(
     met = None if target is None else found <= target if name in AT_MOST else found >= target
     return Row(
         name=name, case=case, unit=unit, ours=median(ours), peer=median(peer), ratio=found, target=target, met=met,
-        spread=(min(rounds), max(rounds)), limit=limit, note=note,
+        spread=(min(rounds), max(rounds)), rounds=len(rounds), checked=checked, limit=limit, note=note,
     )  # fmt: skip
 
 
@@ -81,14 +86,14 @@ def unscored(name: str, case: str, unit: str, problem: str) -> Row:
 
 def lines(rows: Sequence[Row]) -> Iterator[list[str]]:
     """The cells of each row, as text; the first line is the titles."""
-    yield ["name", "case", "ours", "peer", "unit", "ratio", "spread", "target", "met", "which limit binds"]
+    yield ["name", "case", "ours", "peer", "unit", "ratio", "spread", "target", "met", "rounds", "checked", REMARK]
     for row in rows:
         sign = "≤" if row.name in AT_MOST else "≥"
         yield [
             row.name, row.case, _number(row.ours), _number(row.peer), row.unit, _ratio(row.ratio),
             "–" if row.spread is None else f"{_ratio(row.spread[0])} to {_ratio(row.spread[1])}",
             "report" if row.target is None else f"{sign} {row.target:g}",
-            {True: "yes", False: "no", None: "–"}[row.met],
+            {True: "yes", False: "no", None: "–"}[row.met], "–" if row.rounds is None else str(row.rounds), row.checked or "–",
             "; ".join(filter(None, [row.problem and f"NOT COMPARED: {row.problem}", row.limit, row.note])),
         ]  # fmt: skip
 
