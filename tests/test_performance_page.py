@@ -1,6 +1,7 @@
 """docs/performance.md: what it says of a run, and that a run that fails or breaks off loses nothing."""
 
 import json
+from pathlib import Path
 
 import pytest
 
