@@ -160,6 +160,8 @@ def main(given: Sequence[str] | None = None) -> int:
         if asked.page:
             finish_page(start, rows, bench, figures)
         return int(any(row.problem for row in rows))
+    if asked.page:
+        print(f"evals.speed: the benchmarks that ended are in {PAGE.with_suffix('.json.partial')}", file=sys.stderr)
     return 130
 
 

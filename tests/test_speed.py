@@ -12,7 +12,7 @@ import torch
 
 import evals.speed
 import upcycle.losses
-from evals.benchmarks import assembly, checks, decoding, memory, scaling, shapes, training
+from evals.benchmarks import assembly, checks, decoding, limits, memory, scaling, shapes, training
 from evals.benchmarks.rows import AT_MOST, TARGETS, Row, compared, lines, unscored
 from evals.benchmarks.sides import Bench, Side, SideFailed, alternate, environment
 from upcycle.cost import Shape
@@ -75,11 +75,26 @@ def test_every_promised_ratio_has_its_target():
     assert ours >= FIELDS
 
 
+def test_a_limit_binds_only_where_it_is_near():
+    assert limits.nearest(0.45, 0.3) == "neither of compute (45%) and memory (30%) binds"
+    assert limits.nearest(0.75, 0.3) == "nearest: compute, 75% of the matmul peak"
+    assert limits.nearest(0.4, 0.8).startswith("nearest: memory, ") and "80%" in limits.nearest(0.4, 0.8)
+
+
+def test_limits_are_of_the_median_round(tmp_path):
+    bench = Bench(tmp_path, known={"limits": {"matmul": 1e9, "memory": 1e9}})
+    rounds = [{"tokens_per_second": rate, "peak": 1e9, "seconds": 1.0} for rate in (100, 800, 900)]
+    said = limits.of_training(bench, {"flops_per_token": 1e6, "parameters": 10}, *rounds)
+    assert said == "nearest: compute, 80% of the matmul peak; the matmul peak is 1 GFLOP/s"
+
+
 def test_exponents_are_slopes_of_logarithms():
     assert scaling.exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
     curve = scaling.Curve("scaling_step", "layers", "s", (1.0, 2.0), (1.0, 4.0), (5.0, 10.0))
     row = curve.row()
-    assert (row.ours, row.peer) == (pytest.approx(2), pytest.approx(1)) and "+1.00 from the prediction" in row.note
+    assert (row.ours, row.peer) == (pytest.approx(2), pytest.approx(1)) and "+1.00 from cost.py" in row.note
+    moved = scaling.Curve("scaling_assembly", "bytes", "s", (1.0, 2.0), (1.0, 2.0), (5.0, 10.0), "bytes moved", 3).row()
+    assert "+0.00 from bytes moved" in moved.note and moved.rounds == 3
 
 
 def test_curves_are_drawn(tmp_path):

@@ -1,6 +1,7 @@
-"""How a step's time and memory, and assembly's time, grow with sizes: exponents fitted to measurements beside cost.py's.
+"""How a step's time and memory, and assembly's time, grow with sizes: exponents fitted to measurements beside predicted ones.
 
-An exponent is the slope of log(measured) over log(size); cost.py's is the slope of its prediction over the same sizes.
+An exponent is the slope of log(measured) over log(size); the predicted one is that of cost.py's FLOPs, of bytes that have to be
+held or moved, or 0, over the same sizes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ UNIT = "exponent"
 
 @dataclass(frozen=True)
 class Curve:
-    """One measurement over one size. measured, predicted: of each size, in `unit`; a prediction counts only by its growth."""
+    """One measurement over one size. measured, predicted: of each size, in `unit`; a prediction counts only by its growth.
+
+    predicted_by: what says how it should grow. rounds: measurements of each size.
+    """
 
     name: str
     over: str
@@ -32,13 +36,18 @@ class Curve:
     sizes: tuple[float, ...]
     measured: tuple[float, ...]
     predicted: tuple[float, ...]
+    predicted_by: str = "cost.py"
+    rounds: int = 1
 
     def row(self) -> Row:
-        """ours: the exponent measured, peer: cost.py's; a difference of them stands in the note, for ratios of 0 say nothing."""
+        """ours: the exponent measured, peer: the predicted one; a difference of them stands in the note, for ratios of 0 say nothing."""
         ours, peer = exponent(self.sizes, self.measured), exponent(self.sizes, self.predicted)
         values = ", ".join(f"{size:g}: {value:.3g}" for size, value in zip(self.sizes, self.measured, strict=True))
-        note = f"{ours - peer:+.2f} from the prediction; {self.unit} by {self.over}: {values}"
-        return Row(name=self.name, case=f"over {self.over}", unit=UNIT, ours=ours, peer=peer, note=note)
+        note = f"{round(ours - peer, 2) + 0.0:+.2f} from {self.predicted_by}; {self.unit} by {self.over}: {values}"
+        return Row(
+            name=self.name, case=f"over {self.over}", unit=UNIT, ours=ours, peer=peer, rounds=self.rounds,
+            checked="nothing: a prediction", note=note,
+        )  # fmt: skip
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
@@ -65,8 +74,10 @@ def training(bench: Bench) -> Iterator[Curve]:
             flops.append(said["flops_per_token"] * size.tokens)
             states.append(16 * said["parameters"])
         plain = tuple(map(float, values))
-        yield Curve("scaling_step", over, "s", plain, tuple(seconds), tuple(flops))
-        yield Curve("scaling_memory", over, "bytes", plain, tuple(peaks), tuple(states))
+        yield Curve("scaling_step", over, "s", plain, tuple(seconds), tuple(flops), "cost.py", len(found))
+        yield Curve(
+            "scaling_memory", over, "bytes", plain, tuple(peaks), tuple(states), "weights, gradients and moments"
+        )
 
 
 def _changed(size: Size, over: str, value: int) -> tuple[Size, dict[str, Any]]:
@@ -92,7 +103,7 @@ def ranks(bench: Bench) -> Iterator[Curve]:
     for count in (1, 2):
         own = config | {"sequences": count * size.sequences, "micro": size.sequences}
         seconds.append(run_ranks(bench, "ddp", count, own)["seconds"])
-    yield Curve("scaling_step", "ranks", "s", (1.0, 2.0), tuple(seconds), (1.0, 1.0))
+    yield Curve("scaling_step", "ranks", "s", (1.0, 2.0), tuple(seconds), (1.0, 1.0), "no growth")
 
 
 def assembly(bench: Bench) -> Iterator[Curve]:
@@ -113,7 +124,9 @@ def assembly(bench: Bench) -> Iterator[Curve]:
             seconds.append(median(answer["seconds"] for answer in answers))
             moved.append(median(answer["seconds"] * answer["rate"] for answer in answers))
             found.append(float(value if over == "experts" else bytes_ / 4))
-        yield Curve("scaling_assembly", over, "s", tuple(found), tuple(seconds), tuple(moved))
+        yield Curve(
+            "scaling_assembly", over, "s", tuple(found), tuple(seconds), tuple(moved), "bytes moved", len(answers)
+        )
 
 
 def draw(curves: Sequence[Curve], folder: Path) -> list[Path]:
@@ -130,7 +143,7 @@ def draw(curves: Sequence[Curve], folder: Path) -> list[Path]:
         own, planned = exponent(curve.sizes, curve.measured), exponent(curve.sizes, curve.predicted)
         scaled = [value * curve.measured[0] / curve.predicted[0] for value in curve.predicted]
         axes.loglog(curve.sizes, curve.measured, "o-", label=f"measured, exponent {own:.2f}")
-        axes.loglog(curve.sizes, scaled, "--", label=f"cost.py, exponent {planned:.2f}")
+        axes.loglog(curve.sizes, scaled, "--", label=f"{curve.predicted_by}, exponent {planned:.2f}")
         axes.set(xlabel=curve.over, ylabel=curve.unit, title=f"{curve.name} over {curve.over}")
         axes.legend()
         paths.append(folder / f"{curve.name}_{curve.over}.svg")
