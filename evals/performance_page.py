@@ -167,7 +167,8 @@ def _compiled(rows: Sequence[Row]) -> str:
     for case in dict.fromkeys(row.case for row in rows):
         both = [next((row for row in rows if (row.case, row.name) == (case, name)), None) for name in COMPILED]
         told = [f"{row.ratio:.2f}, to be at least {row.target:g}" if row and row.ratio else "–" for row in both]
-        cells.append([case, *told, "yes" if all(row and row.met for row in both) else "no"])
+        reached = {row.met if row else None for row in both}
+        cells.append([case, *told, "no" if False in reached else "–" if None in reached else "yes"])
     return _written(cells)
 
 

@@ -60,15 +60,15 @@ def chosen(names: Sequence[str]) -> dict[str, Benchmark]:
 
 
 def run(benchmarks: Mapping[str, Benchmark], bench: Bench, keep: Callable[[list[Row]], None]) -> list[Row]:
-    """All rows, each said as soon as it is there. keep: called with all so far after every benchmark: a run takes long."""
+    """All rows, each said as soon as it is there. keep: called with all so far after every row: a run takes long."""
     rows: list[Row] = []
     for name, benchmark in benchmarks.items():
         bench.say(f"{name} ...")
         for row in _scored(name, benchmark, bench):
             rows.append(row)
+            keep(rows)
             cells = list(lines([row]))
             bench.say(", ".join(f"{title} {cell}" for title, cell in zip(*cells, strict=True) if cell))
-        keep(rows)
     return rows
 
 
@@ -115,6 +115,7 @@ def write_json(asked: argparse.Namespace, rows: Sequence[Row]) -> None:
 
 def finish_page(start: Mapping[str, Any], rows: Sequence[Row], bench: Bench, figures: Sequence[Path]) -> None:
     """Profiles, and the page; one that fails takes nothing of the rest with it."""
+    partial(record(start, rows, bench, figures=figures, page=PAGE), PAGE)
     profiles, problem = {}, ""
     try:
         profiles = training.profiles(bench)
@@ -161,7 +162,7 @@ def main(given: Sequence[str] | None = None) -> int:
             finish_page(start, rows, bench, figures)
         return int(any(row.problem for row in rows))
     if asked.page:
-        print(f"evals.speed: the benchmarks that ended are in {PAGE.with_suffix('.json.partial')}", file=sys.stderr)
+        print(f"evals.speed: what was measured is in {PAGE.with_suffix('.json.partial')}", file=sys.stderr)
     return 130
 
 

@@ -98,7 +98,7 @@ def test_a_run_that_breaks_off_leaves_what_it_measured(page, monkeypatch, capsys
     assert evals.speed.main(["--page"]) == 130
     assert "performance.json.partial" in capsys.readouterr().err
     left = json.loads(page.with_suffix(".json.partial").read_text())
-    assert [row["name"] for row in left["rows"]] == ["tokenize"] and "tokenize" in markdown(left)
+    assert [row["name"] for row in left["rows"]] == ["tokenize", "start_plan"] and "tokenize" in markdown(left)
     assert not page.exists()
 
 

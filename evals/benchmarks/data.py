@@ -103,14 +103,8 @@ def tokenize(bench: Bench) -> Iterator[Row]:
             raise SideFailed(f"ours made {counts[0][0]:,} tokens, encode_batch {counts[1][0]:,}, not the same ones")
         rates = [[written["bytes"] / one for one in found.of(side, "seconds")[1:]] for side in sides]
         yield compared(
-            NAME,
-            case,
-            rates[0],
-            rates[1],
-            UNIT,
-            checked="same tokens",
-            note="ours also reads Parquet and writes the arrays",
-        )
+            NAME, case, rates[0], rates[1], UNIT, checked="same tokens", note="ours also reads Parquet and writes the arrays"
+        )  # fmt: skip
     except SideFailed as error:
         yield unscored(NAME, "standard library", UNIT, str(error))
 

@@ -130,16 +130,9 @@ def shared_kv(bench: Bench) -> Iterator[Row]:
             limit = limits.of_memory(bench, weights[0][-1] / ours[-1])
             note = f"{more:.2f} times the seed's weights a token, {median(ours) / median(seed):.2f} times its seconds; cache {caches[0][0]:,.0f} bytes, the seed's"
             yield compared(
-                name,
-                case,
-                ours,
-                [more * one for one in seed],
-                unit,
-                less_is_better=True,
-                checked="same logits and bytes of cache",
-                limit=limit,
-                note=note,
-            )
+                name, case, ours, [more * one for one in seed], unit, less_is_better=True,
+                checked="same logits and bytes of cache", limit=limit, note=note,
+            )  # fmt: skip
         except SideFailed as error:
             yield unscored(name, case, unit, str(error))
 
