@@ -97,7 +97,7 @@ def markdown(found: Mapping[str, Any]) -> str:
         f"*{_machine(found)}*",
         "Each side runs in processes of its own, in turn with the other; `ours` and `peer` are medians over `rounds`, warm-up steps left out, `spread` the lowest and "
         f"the highest ratio of a round. A ratio above 1 means that ours is better, but for {' and '.join(sorted(AT_MOST))}, where it is ours / peer. `checked` says in "
-        "what ours and its peer were found to be the same; where they were not, or one failed, nothing is scored. Training is in bf16 autocast over fp32 weights, 4,096 "
+        "what ours and its peer were found to be the same, – that this was not looked at; where they differ, or one failed, nothing is scored. Training is in bf16 autocast over fp32 weights, 4,096 "
         "tokens a step.",
         *_sections(found, rows),
     ]
