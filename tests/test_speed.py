@@ -7,6 +7,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -131,7 +132,7 @@ class Counting(Side):
 def test_sides_measure_in_turn_and_one_that_fails_stays_out(monkeypatch):
     monkeypatch.setattr(Counting, "order", [])
     found = alternate({"ours": Counting("ours"), "peer": Counting("peer", fails_at=2)}, rounds=3)
-    assert Counting.order[:5] == ["ours", "peer", "ours", "peer", "ours"]
+    assert Counting.order[:5] == ["ours", "peer", "peer", "ours", "ours"]  # every other time backwards
     assert Counting.order[5:] == ["ours closed", "peer closed"]
     assert found.of("ours", "figure") == [1, 2, 3]
     with pytest.raises(SideFailed, match="exit status 3: out of memory"):
@@ -175,10 +176,28 @@ def test_a_peer_that_computes_something_else_is_found():
     checks.as_planned(ours)
     with pytest.raises(SideFailed, match="plans 19 parameters, the model has 20"):
         checks.as_planned(ours | {"planned_parameters": 19})
-    first = [{"first_loss": [6.0]}, {"first_loss": []}]
-    checks.same_first_loss(first, [{"first_loss": [6.01]}], "peer")
-    with pytest.raises(SideFailed, match="first step has 7.0000 nats a token, ours 6.0000"):
-        checks.same_first_loss(first, [{"first_loss": [7.0]}], "peer")
+    first = [{"first_loss": [6.0], "rows": [1.0, 2.0]}, {"first_loss": [], "rows": []}]
+    checks.same_first_step(first, [{"first_loss": [6.001], "rows": [1.01, 2.0]}], "peer")
+    with pytest.raises(SideFailed, match="first step has 6.0100 nats a token, ours 6.0000"):
+        checks.same_first_step(first, [{"first_loss": [6.01], "rows": [1.0, 2.0]}], "peer")
+    with pytest.raises(SideFailed, match="gradients of its first step are off by 44.7% of ours"):
+        checks.same_first_step(first, [{"first_loss": [6.0], "rows": [2.0, 2.0]}], "peer")
+
+
+def test_a_first_step_on_another_batch_is_seen(tmp_path):
+    """What is timed says so itself: the loss of fresh models hardly depends on the tokens, gradients of the embedding do."""
+    from evals.benchmarks.training_sides import LoopSide
+
+    bench = Bench(tmp_path, quick=True)
+    config = training.config_of(bench, shapes.QUICK)
+    tokens = Path(config["data"]) / "train.tokens.npy"
+    one = LoopSide(config).measure()
+    same = LoopSide(config).measure()
+    np.save(tokens, np.roll(np.load(tokens), 7))
+    other = LoopSide(config).measure()
+    checks.same_first_step([one], [same], "the same")
+    with pytest.raises(SideFailed, match="gradients of its first step are off"):
+        checks.same_first_step([one], [other | {"first_loss": one["first_loss"]}], "another")
 
 
 def test_dense_twins_have_the_active_parameters_of_their_mixtures():
@@ -206,7 +225,7 @@ def test_a_peer_that_is_not_there_or_fails_is_reported(tmp_path):
     def peer(out):
         return [sys.executable, "-c", "import sys; sys.exit('no such base model')"]
 
-    row = assembly.duel(bench, "ties_mergekit", ours, peer, "same_model", "")
+    row = assembly.duel(bench, "ties_mergekit", {"ours": ours, "peer": peer}, "same_model", "")
     assert row.met is None and row.ratio is None and "exit status 1: no such base model" in row.problem
 
 
@@ -301,7 +320,7 @@ ROWS = {
     "btx": ["train_btx_default", "train_btx_tuned", "train_btx_dense"],
     "bam": ["train_bam_dense"],
     "bam_parallel": ["train_bam_parallel"],
-    "attention_forms": [f"bam_attention_{form}" for form in ("matmul", "blocks", "blocks_own_backward")],
+    "attention_forms": [f"bam_attention_{form}" for form in ("matmul", "blocks", "causal_blocks")],
     "dense_peak": ["train_dense_peak"],
     "logits": ["memory_logits", "memory_logits_checkpointed"],
     "shared_kv": ["decode_bam_shared_kv"] * 2,
@@ -359,7 +378,7 @@ def test_a_form_that_is_not_attention_is_not_scored(bench, monkeypatch):
 
 def test_a_profile_names_operators(bench):
     found = training.profiles(bench)
-    assert len(found) == 3 and all(one["operators"][0][1] > 0.01 for one in found.values())
+    assert len(found) == 4 and all(one["operators"][0][1] > 0.01 for one in found.values())
     assert any(name.startswith("BTX") for name in found)
 
 

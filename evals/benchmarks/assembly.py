@@ -55,16 +55,13 @@ def whole_process(command: Sequence[str], bench: Bench) -> Ended:
     return Ended(time.perf_counter() - start, used.ru_maxrss * 1024)
 
 
-def models_of(bench: Bench) -> Path:
-    """Four checkpoints of the largest size, written once a run. Raises SideFailed."""
-    folder = bench.folder / "models"
-    if not folder.exists():  # it appears whole: one that could not be written is tried again by the next benchmark
-        part = bench.folder / "models.part"
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-        made = bench.once("checkpoints:write_models", {"folder": str(part), "sizes": largest(bench.quick).seed})
-        bench.known["model_bytes"] = made["bytes"]
-        part.rename(folder)
+def models_of(bench: Bench, exact: bool = False) -> Path:
+    """Four checkpoints of the largest size, written once a run; `exact`: whose merge hangs on no rounding. Raises SideFailed."""
+    folder = bench.folder / ("exact" if exact else "models")
+    if f"bytes of {folder}" not in bench.known:
+        folder.mkdir(exist_ok=True)
+        config = {"folder": str(folder), "sizes": largest(bench.quick).seed, "exact": exact}
+        bench.known[f"bytes of {folder}"] = bench.once("checkpoints:write_models", config)["bytes"]
     return folder
 
 
@@ -73,20 +70,31 @@ def program(name: str) -> str:
     return str(Path(sysconfig.get_path("scripts")) / name)
 
 
+Command = Callable[[Path], list[str]]  # of a directory to write into
+
+
 def duel(
-    bench: Bench, name: str, ours: Callable[[Path], list[str]], peer: Callable[[Path], list[str]], check: str, note: str
+    bench: Bench,
+    name: str,
+    sides: Mapping[str, Command],
+    check: str,
+    note: str,
+    exact: Mapping[str, Command] | None = None,
 ) -> Row:
     """Whole processes in turn, each into a new directory; the tensors of the last ones are compared.
 
-    check: the function of checkpoints.py that compares them.
+    sides: "ours" and "peer". check: the function of checkpoints.py that compares them. exact: whose tensors are compared instead.
     """
     case, made = largest(bench.quick).name, {"ours": bench.folder / "ours", "peer": bench.folder / "peer"}
     found: dict[str, list[Ended]] = {"ours": [], "peer": []}
     try:
-        for _ in range(bench.rounds):
-            for side, command in (("ours", ours), ("peer", peer)):
+        for number in range(bench.rounds):
+            for side, command in list(sides.items())[:: -1 if number % 2 else 1]:
                 shutil.rmtree(made[side], ignore_errors=True)
                 found[side].append(whole_process(command(made[side]), bench))
+        for side, command in (exact or {}).items():
+            shutil.rmtree(made[side], ignore_errors=True)
+            whole_process(command(made[side]), bench)
         same = bench.once(f"checkpoints:{check}", {side: str(path) for side, path in made.items()})
         if same["problem"]:
             raise SideFailed(f"the two made different tensors: {same['problem']}")
@@ -98,14 +106,13 @@ def duel(
     return compared(name, case, *seconds, "s", less_is_better=True, limit=limit, note=note)
 
 
-def ours_of(call: str, bench: Bench, **arguments: Any) -> Callable[[Path], list[str]]:
-    models = models_of(bench)
+def ours_of(call: str, bench: Bench, models: Path, **arguments: Any) -> Command:
     given = {"seed": str(models / "seed"), "branches": {name: str(models / name) for name in BRANCHES}} | arguments
     return lambda out: [sys.executable, "-c", OURS[call], json.dumps(given | {"out": str(out)})]
 
 
-def mergekit(name: str, plan: Mapping[str, Any], bench: Bench, *options: str) -> Callable[[Path], list[str]]:
-    file = bench.folder / f"{name}.json"  # which is YAML too
+def mergekit(name: str, plan: Mapping[str, Any], bench: Bench, *options: str) -> Command:
+    file = bench.folder / f"{name}-{Path(plan['base_model']).parent.name}.json"  # which is YAML too
     file.write_text(json.dumps(plan))
     return lambda out: [program(name), str(file), str(out), *options]
 
@@ -117,20 +124,24 @@ def assembly_mergekit(bench: Bench) -> Iterator[Row]:
     plan = {"base_model": str(models / "seed"), "gate_mode": "random", "dtype": "bfloat16", "experts": experts}
     theirs = mergekit("mergekit-moe", plan, bench)
     for name, prove in (("assembly_mergekit", False), ("assembly_mergekit_proved", True)):
-        ours = ours_of("assemble", bench, method="frankenmoe_random", prove=prove)
+        ours = ours_of("assemble", bench, models, method="frankenmoe_random", prove=prove)
         note = "ours proves what it wrote, which mergekit does not" if prove else "prove=false: neither proves anything"
-        yield duel(bench, name, ours, theirs, "same_mixture", note)
+        yield duel(bench, name, {"ours": ours, "peer": theirs}, "same_mixture", note)
 
 
 def ties_mergekit(bench: Bench) -> Iterator[Row]:
     """TIES of three branches around a seed."""
-    models = models_of(bench)
-    each = [{"model": str(models / name), "parameters": {"weight": 1.0, "density": DENSITY}} for name in BRANCHES]
-    plan = {"merge_method": "ties", "models": each, "base_model": str(models / "seed"), "dtype": "bfloat16"}
-    plan |= {"parameters": {"lambda": 1.0, "normalize": True}}
-    theirs = mergekit("mergekit-yaml", plan, bench, "--no-write-model-card")
-    ours = ours_of("merge", bench, method="ties", density=DENSITY)
-    yield duel(bench, "ties_mergekit", ours, theirs, "same_model", "")
+
+    def sides(models: Path) -> dict[str, Command]:
+        each = [{"model": str(models / name), "parameters": {"weight": 1.0, "density": DENSITY}} for name in BRANCHES]
+        plan = {"merge_method": "ties", "models": each, "base_model": str(models / "seed"), "dtype": "bfloat16"}
+        plan |= {"parameters": {"lambda": 1.0, "normalize": True}}
+        return {
+            "ours": ours_of("merge", bench, models, method="ties", density=DENSITY),
+            "peer": mergekit("mergekit-yaml", plan, bench, "--no-write-model-card"),
+        }
+
+    yield duel(bench, "ties_mergekit", sides(models_of(bench)), "same_model", "", sides(models_of(bench, exact=True)))
 
 
 def against_cp(bench: Bench) -> Iterator[Row]:
@@ -156,8 +167,9 @@ def _copying(bench: Bench) -> float:
     """Bytes/s that `cp` reads and writes, without sharing blocks."""
     target = bench.folder / "copied"
     shutil.rmtree(target, ignore_errors=True)
-    ended = whole_process(["cp", "-r", "--reflink=never", str(models_of(bench)), str(target)], bench)
-    return 2 * bench.known["model_bytes"] / ended.seconds
+    models = models_of(bench)
+    ended = whole_process(["cp", "-r", "--reflink=never", str(models), str(target)], bench)
+    return 2 * bench.known[f"bytes of {models}"] / ended.seconds
 
 
 BENCHMARKS: dict[str, Callable[[Bench], Iterator[Row]]] = {

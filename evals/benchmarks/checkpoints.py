@@ -12,14 +12,16 @@ from torch import Tensor
 from evals.benchmarks.models import BRANCHES, built
 
 MODELS = ("seed", *BRANCHES)
-# Half of a branch's weights differ from the seed's, by so much of themselves, up or down. So TIES with density 0.5 trims what is 0,
+# What is timed: branches whose every weight moved, by some share of itself.
+ORDINARY = 0.05
+# What is compared: half of a branch's weights differ from the seed's, by so much of themselves, up or down. So TIES with density 0.5 trims what is 0,
 # and no two branches cancel: what it must make hangs on no rounding and no order of equals, which programs settle differently.
 MOVED = {"code": (0.0625, 0.1), "law": (0.2, 0.25), "math": (0.5, 0.6)}
 ROUNDING = 2**-5  # of a weight: TIES in bf16 adds up to four roundings; another sign elected is a tenth of it and more
 
 
 def write_models(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A seed and three branches that lie beside it, in bf16 with a tokenizer, below `folder`."""
+    """A seed and three branches that lie beside it, in bf16 with a tokenizer, below `folder`. config: `exact`, those to compare."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -34,7 +36,11 @@ def write_models(config: Mapping[str, Any]) -> dict[str, Any]:
         if name in MOVED:
             with torch.no_grad():
                 for key, weight in model.named_parameters():
-                    weight.copy_(seed[key] * (1 + _moves(weight.shape, *MOVED[name], generator)))
+                    if config.get("exact"):
+                        moves = _moves(weight.shape, *MOVED[name], generator)
+                    else:
+                        moves = ORDINARY * torch.randn(weight.shape, generator=generator)
+                    weight.copy_(seed[key] * (1 + moves))
         folder = Path(config["folder"]) / name
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from evals.benchmarks.checks import same_first_loss
+from evals.benchmarks.checks import same_first_step
 from evals.benchmarks.rows import Row, compared, unscored
 from evals.benchmarks.shapes import largest
 from evals.benchmarks.sides import Bench, SideFailed, alternate
@@ -39,12 +39,13 @@ class PeakSide:
             upcycle.losses.FULL_LOGITS_BYTES = 2**62
         side = LoopSide(config)
         self.first_loss = side.step()
+        self.rows = side.rows
         side.step()
         self.peak = _status("VmHWM") - before
         self.about = {"parameters": side.about["parameters"]}
 
     def measure(self) -> dict[str, Any]:
-        return {"peak": self.peak, "first_loss": [self.first_loss]}
+        return {"peak": self.peak, "first_loss": [self.first_loss], "rows": self.rows}
 
 
 def logits(bench: Bench) -> Iterator[Row]:
@@ -62,7 +63,7 @@ def logits(bench: Bench) -> Iterator[Row]:
         found = alternate(sides, min(bench.rounds, 2), held=False)
         try:
             peaks = found.pair("chunked", "full", "peak")
-            same_first_loss(found.answers["chunked"], found.answers["full"], "full logits")
+            same_first_step(found.answers["chunked"], found.answers["full"], "full logits")
             state, full = 16 * found.ready["chunked"]["parameters"], 16 * size.tokens * size.seed["vocab_size"]
             limit = (
                 f"weights, gradients and moments are {state / peaks[0][0]:.0%} of ours; full logits, their softmax and their "

@@ -18,9 +18,12 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # What would give a side another allocator or other threads than a user has who sets nothing.
-SET_BY_HAND = ("MALLOC_", "LD_PRELOAD", "OMP_", "MKL_", "KMP_", "GOMP_", "GLIBC_TUNABLES", "TOKENIZERS_PARALLELISM")
+SET_BY_HAND = (
+    "MALLOC_", "LD_PRELOAD", "OMP_", "MKL_", "KMP_", "GOMP_", "GLIBC_TUNABLES", "TOKENIZERS_PARALLELISM", "RAYON_", "ATEN_",
+    "TORCHINDUCTOR_", "ONEDNN_", "DNNL_", "THP_",
+)  # fmt: skip
 LAST_WORDS = 300  # characters of a failed side's error output
-FRESH_ROUNDS = 3
+FRESH_ROUNDS = 2
 
 
 class SideFailed(RuntimeError):
@@ -59,7 +62,9 @@ def environment(threads: int | None, **more: str) -> dict[str, str]:
     """Of a process that is measured: this one's without what a user does not set."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(SET_BY_HAND)}
     path = os.pathsep.join([str(ROOT), *filter(None, [kept.get("PYTHONPATH")])])
-    own = {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"} | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
+    own = {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"} | (
+        {} if threads is None else dict.fromkeys(("OMP_NUM_THREADS", "RAYON_NUM_THREADS"), str(threads))
+    )
     return kept | own | more
 
 
@@ -143,14 +148,14 @@ class Rounds:
 
 
 def alternate(sides: Mapping[str, Side], rounds: int, held: bool = True) -> Rounds:
-    """Ask every side in turn, `rounds` times. A side that fails is left out of the rounds that follow.
+    """Ask every side in turn, `rounds` times, every other time backwards. A side that fails is left out of the rounds that follow.
 
     held: the processes stay between their turns; else each turn is a fresh one, and memory holds one side at a time.
     """
     found = Rounds({}, {name: [] for name in sides}, {})
     try:
-        for _ in range(rounds):
-            for name, side in sides.items():
+        for number in range(rounds):
+            for name, side in list(sides.items())[:: -1 if number % 2 else 1]:
                 if name in found.failed:
                     continue
                 try:

@@ -21,6 +21,7 @@ from upcycle.train import Loop, Objective, checkpointing_options
 
 RATE = 1e-4
 SHOWN = 14  # rows of a profile
+SEEN_ROWS = slice(3, 35)  # of the embedding
 
 
 def settings(config: Mapping[str, Any]) -> TrainConfig:
@@ -47,16 +48,27 @@ def batches(config: Mapping[str, Any]) -> Batches:
 
 
 class _Training(ABC):
-    """Steps of a training, timed: `steps` of them a measurement, after one that is left out, or `warm_up` the first time."""
+    """Steps of a training, timed: `steps` of them a measurement, after one that is left out, or `warm_up` the first time.
+
+    What is timed is what is held against the other side: of the first step its loss, and the gradients of some rows of the
+    embedding, which hang on the batch's tokens.
+    """
 
     def __init__(self, config: Mapping[str, Any], model: Any):
         self.config, self.model, self.done = config, model, 0
         self.about = about(model, config["length"]) if config.get("planned", True) else {}
         self.about["probe"] = probe(model)
         model.train()
+        self.rows: list[float] = []
+        model.get_input_embeddings().weight.register_post_accumulate_grad_hook(self._see_rows)
         if config.get("compile"):
+            torch._dynamo.config.fail_on_recompile_limit_hit = True  # it would go on uncompiled, without a word
             for layer in decoder_layers(model):
                 layer.compile()
+
+    def _see_rows(self, weight: torch.Tensor) -> None:
+        if not self.rows and weight.grad is not None:
+            self.rows = weight.grad[SEEN_ROWS].float().norm(dim=1).tolist()
 
     @abstractmethod
     def step(self) -> float:
@@ -75,7 +87,13 @@ class _Training(ABC):
         middle = median(seconds)
         tokens = self.config["sequences"] * self.config["length"]
         peak = matmul_peak_flops.__wrapped__("bf16")  # now, not as remembered
-        return {"seconds": middle, "tokens_per_second": tokens / middle, "peak": peak, "first_loss": first}
+        return {
+            "seconds": middle,
+            "tokens_per_second": tokens / middle,
+            "peak": peak,
+            "first_loss": first,
+            "rows": self.rows,
+        }
 
     def profile(self) -> dict[str, Any]:
         """Shares of the operators' own time in two steps, the largest first."""
@@ -92,7 +110,7 @@ class _Training(ABC):
 
 
 class LoopSide(_Training):
-    """A mixture or a dense model in upcycle's training loop, its losses and records included."""
+    """A mixture or a dense model in upcycle's training loop: auxiliary losses and what it records of routers are computed too."""
 
     def __init__(self, config: Mapping[str, Any], team: Team = ALONE):
         super().__init__(config, built(config))
@@ -107,6 +125,7 @@ class LoopSide(_Training):
     def step(self) -> float:
         totals = self.loop.step(self.number)
         self.number += 1
+        self.gradient_norm = totals["gradient_norm"].item()
         return totals["cross_entropy"].item()
 
 
