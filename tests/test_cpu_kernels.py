@@ -122,9 +122,11 @@ def count_calls(monkeypatch, name):
     return calls
 
 
+@pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("family", sorted(FAMILY_CONFIGS))
-def test_every_family_trains_as_with_sdpa(family, monkeypatch):
-    (model,) = dense_models(f"family/{family}", 1)
+def test_every_family_trains_as_with_sdpa(family, mixed, monkeypatch):
+    models = dense_models(f"family/{family}", 2)
+    model = mixture_of(models, implementation=None, attention="mixture") if mixed else models[0]
     before = step_of(model)
     use_cpu_kernels(model)
     calls = count_calls(monkeypatch, "_probabilities")

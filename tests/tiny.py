@@ -144,7 +144,7 @@ def mixture_of(
     models: list[PreTrainedModel],
     ffn_routers: list[Tensor] | None = None,
     attention_routers: list[Tensor] | None = None,
-    implementation: str = "sdpa",
+    implementation: str | None = "sdpa",
     **choices,
 ) -> UpcycledForCausalLM:
     """The mixture of dense models: experts stacked, everything else averaged; in eval mode and the models' dtype."""

@@ -40,7 +40,8 @@ KEPT_PER_SIZE = 8  # probabilities of S <= 8 d are kept: no more than queries, k
 
 def use_cpu_kernels(model: PreTrainedModel) -> None:
     """Have a model on the CPU train with these in place of transformers' defaults; other kernels were asked for and stay."""
-    if model.config._attn_implementation == "sdpa":
+    decoder = getattr(model.base_model, "decoder", model)  # a mixture's, whose family may refuse SDPA
+    if decoder.config._attn_implementation == "sdpa":
         model.set_attn_implementation(CAUSAL_BLOCKS)
     if isinstance(model, UpcycledForCausalLM) and model.config._experts_implementation == "grouped_mm":
         model.set_experts_implementation(SORTED_MM)
