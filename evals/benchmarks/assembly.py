@@ -103,7 +103,7 @@ def duel(
     memory = [median(one.peak_bytes for one in found[side]) / 2**30 for side in ("ours", "peer")]
     limit = f"peak memory {memory[0]:.2f} GiB, the peer's {memory[1]:.2f}"
     seconds = [[one.seconds for one in found[side]] for side in ("ours", "peer")]
-    return compared(name, case, *seconds, "s", less_is_better=True, limit=limit, note=note)
+    return compared(name, case, *seconds, "s", less_is_better=True, checked="same tensors", limit=limit, note=note)
 
 
 def ours_of(call: str, bench: Bench, models: Path, **arguments: Any) -> Command:

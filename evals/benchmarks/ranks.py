@@ -63,7 +63,10 @@ def compare(bench: Bench, strategy: str) -> Iterator[Row]:
                 )
         rates = [[answer["tokens_per_second"] for answer in answers] for answers in (ours, alone)]
         cores = f"cores {ours[0]['cores']}, of one rank {alone[0]['cores']}"
-        yield compared(name, size.name, *rates, UNIT, limit=cores, note=f"{size.tokens:,} tokens a rank")
+        checked = "loss and norm of the gradients of the first step, against one process over the whole batch"
+        yield compared(
+            name, size.name, *rates, UNIT, checked=checked, limit=cores, note=f"{size.tokens:,} tokens a rank"
+        )
     except SideFailed as error:
         yield unscored(name, size.name, UNIT, str(error))
 

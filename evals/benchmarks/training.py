@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -51,14 +52,15 @@ def in_our_loop(bench: Bench, size: Size, **more: Any) -> Side:
 
 
 def row_of(
-    bench: Bench, name: str, case: str, found: Rounds, ours: str, peer: str, check: Callable[[], None], note: str = ""
-) -> Row:
+    bench: Bench, name: str, case: str, found: Rounds, ours: str, peer: str, check: Callable[[], None], note: str = "",
+    checked: str = "parameters in number, as cost.py plans them",
+) -> Row:  # fmt: skip
     """tokens/s of two sides; a side that failed, or fails the check, is not scored."""
     try:
         pair = found.pair(ours, peer, "tokens_per_second")
         check()
-        limit = limits.of_training(bench, found.ready[ours], found.answers[ours][-1])
-        return compared(name, case, *pair, UNIT, limit=limit, note=note)
+        limit = limits.of_training(bench, found.ready[ours], *found.answers[ours])
+        return compared(name, case, *pair, UNIT, checked=checked, limit=limit, note=note)
     except SideFailed as error:
         return unscored(name, case, UNIT, str(error))
 
@@ -103,12 +105,13 @@ def _btx_rows(bench: Bench, size: Size, found: Rounds) -> Iterator[Row]:
 
     chosen = found.ready.get("default", {}).get("implementation")
     note = f"experts {chosen}, as transformers takes them"
-    yield row_of(bench, "train_btx_default", size.name, found, "ours", "default", is_mixtral("default"), note)
+    same = "same logits; loss and gradients of the first step"
+    yield row_of(bench, "train_btx_default", size.name, found, "ours", "default", is_mixtral("default"), note, same)
     working = [one for one in IMPLEMENTATIONS if one not in found.failed] or list(IMPLEMENTATIONS)
     best = max(working, key=lambda one: rate(one) if found.answers[one] else 0.0)
     failed = "".join(f"; {one} FAILED: {found.failed[one]}" for one in IMPLEMENTATIONS if one in found.failed)
     note = f"experts {best}, the faster of {' and '.join(working)}; our allocator setting{failed}"
-    yield row_of(bench, "train_btx_tuned", size.name, found, "ours", best, is_mixtral(best), note)
+    yield row_of(bench, "train_btx_tuned", size.name, found, "ours", best, is_mixtral(best), note, same)
     equal = _equal_active(found, "ours", "dense")
     yield row_of(bench, "train_btx_dense", size.name, found, "ours", "dense", equal)
 
@@ -137,9 +140,8 @@ def btx_compiled(bench: Bench) -> Iterator[Row]:
     def same() -> None:
         checks.same_first_step(found.answers["ours"], found.answers["plain"], "uncompiled")
 
-    yield row_of(
-        bench, "train_btx_compile_gain", size.name, found, "ours", "plain", same, "compiled against uncompiled"
-    )
+    note, checked = "compiled against uncompiled", "loss and gradients of the first step"
+    yield row_of(bench, "train_btx_compile_gain", size.name, found, "ours", "plain", same, note, checked)
 
 
 def bam(bench: Bench) -> Iterator[Row]:
@@ -167,7 +169,8 @@ def attention_forms(bench: Bench) -> Iterator[Row]:
             name = f"bam_attention_{form}"
             try:
                 pair = found.of("all", form), found.of("all", "sdpa")
-                yield compared(name, size.name, *pair, "s", less_is_better=True, note="against SDPA")
+                checked = "output and gradients against fp32"
+                yield compared(name, size.name, *pair, "s", less_is_better=True, checked=checked, note="against SDPA")
             except SideFailed as error:
                 yield unscored(name, size.name, "s", str(error))
 
@@ -196,8 +199,9 @@ def dense_peak(bench: Bench) -> Iterator[Row]:
         rates, peaks = found.pair("dense", "dense", "tokens_per_second")[0], found.of("dense", "peak")
         checks.as_planned(found.ready["dense"])
         flops = [found.ready["dense"]["flops_per_token"] * rate for rate in rates]
-        limit = limits.of_training(bench, found.ready["dense"], found.answers["dense"][-1])
-        yield compared(name, size.name, flops, peaks, unit, limit=limit)
+        limit = limits.of_training(bench, found.ready["dense"], *found.answers["dense"])
+        checked = "parameters as cost.py plans them"
+        yield compared(name, size.name, flops, peaks, unit, checked=checked, limit=limit)
     except SideFailed as error:
         yield unscored(name, size.name, unit, str(error))
 
@@ -211,7 +215,7 @@ def profiles(bench: Bench) -> dict[str, Mapping[str, Any]]:
         ("BAM", small, {"method": "bam"}),
         ("dense", largest(bench.quick), {}),
     ):
-        with in_our_loop(bench, size, **more) as side:
+        with in_our_loop(bench, size, **more) as side, suppress(SideFailed):
             found[f"{name}, {size.name}"] = side.ask("profile")
     return found
 
