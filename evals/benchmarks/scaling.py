@@ -64,9 +64,9 @@ def training(bench: Bench) -> Iterator[Curve]:
         seconds, peaks, flops, states = [], [], [], []
         for value in values:
             size, more = _changed(QUICK if bench.quick else SMALL, over, value)
-            config = config_of(bench, size, method="btx", **more)
+            config = config_of(bench, size, method="btx", warm_up=3, **more)
             with bench.side("training_sides:LoopSide", config, keeps_freed_memory=True) as side:
-                found = [side.ask("measure")["seconds"] for _ in range(min(bench.rounds, 3))]
+                found = [side.ask("measure")["seconds"] for _ in range(min(bench.rounds, 2))]
                 said = side.ready()
             with bench.side("memory:PeakSide", config | {"chunked": True}, keeps_freed_memory=True) as side:
                 peaks.append(side.ask("measure")["peak"])
@@ -120,7 +120,7 @@ def assembly(bench: Bench) -> Iterator[Curve]:
             config = {"models": str(folder / "models"), "out": str(folder / "out"), "how": "assemble", "experts": count}
             with bench.side("checkpoints:InProcess", config, keeps_freed_memory=True) as side:
                 side.ask("measure")
-                answers = [side.ask("measure") for _ in range(min(bench.rounds, 3))]
+                answers = [side.ask("measure") for _ in range(min(bench.rounds, 2))]
             seconds.append(median(answer["seconds"] for answer in answers))
             moved.append(median(answer["seconds"] * answer["rate"] for answer in answers))
             found.append(float(value if over == "experts" else bytes_ / 4))
