@@ -7,10 +7,11 @@ causal_blocks   exact causal attention in blocks of queries, each against the ke
 
 sorted_mm       tokens sorted by expert, each expert's feed-forward from end to end while its activations are in the cache
 
-What they gain: `python -m evals.speed training`. Scores are fp32, all other products of the inputs' dtype; in bf16 gradients are
-at least as near as those of SDPA's kernel. Shapes: B batch, H query heads, K key/value heads, G = H/K, N = B·K, S sequence,
-d head size, b queries of a block; T tokens, E experts, k of them for a token, R = T·k and
-some room, D hidden.
+What they gain: docs/performance.md. Scores are fp32, all other products of the inputs' dtype, so that errors in bf16 are of the size
+of those of SDPA's kernel.
+
+Shapes: B batch, H query heads, K key/value heads, G = H/K, N = B·K, S sequence, d head size, b queries of a block;
+T tokens, E experts, k of them for a token, R = T·k rows and some room, D hidden.
 """
 
 from __future__ import annotations
