@@ -106,6 +106,8 @@ def _dropped_blocks(tau: Tau, drop: float, branch: str, tensor: str, rng_seed: i
 
 def dropped(tau: Tensor, drop: float, branch: str, tensor: str, rng_seed: int) -> Tensor:
     """τ̃ = m ⊙ τ / (1 − p), each entry of the mask m 0 with probability p = drop, so that E[τ̃] = τ. In place."""
+    if drop == 0:  # no mask is drawn for nothing
+        return tau
     return _drop(tau, drop, stays_mask(tau.numel(), drop, branch, tensor, rng_seed).view(tau.shape))
 
 

@@ -16,10 +16,8 @@ from evals.benchmarks.sides import Bench, Rounds, Side, SideFailed, alternate
 UNIT = "tokens/s"
 IMPLEMENTATIONS = ("grouped_mm", "eager")  # batched_mm copies every token's expert: 11 GB for the small model's batch
 STEPS = {True: 5, False: 2}  # timed in a round, of a model that stays in memory, or not
-WARM_UP = {
-    True: 8,
-    False: 2,
-}  # moments appear at the end of the first step, kernels are compiled and memory is taken in the first few
+# Moments appear at the end of the first step; kernels are compiled and memory is taken in the first few.
+WARM_UP = {True: 8, False: 2}
 COMPILING = {"compile": True, "warm_up": 3}  # steps in which torch compiles, and finds what it has to compile again
 
 
